@@ -1,0 +1,124 @@
+"""Table 5's augmentations, and their guidance by hardness: Eq. 8, hard-easy pairs, Eq. 9.
+
+Works alone. The upper half is Pillow images and draws from the numpy Generator it is given; the
+lower half, Eq. 8 and 9, is torch on a whole batch, without a Python loop over images and without
+waiting for the device.
+
+Shapes: B images, H x W pixels. `hardness` is gamma of Eq. 7, (B,) in [0, 1], large for hard.
+"""
+
+import torch
+from PIL import Image, ImageFilter, ImageOps
+from torchvision.transforms import functional as TF
+
+
+def weak_augment(image, mask, crop_size, rng, scale=(0.5, 2.0), max_side=None):
+    """Weak augmentation of Table 5: random scale, crop and flip, of image and mask together.
+
+    image:      a Pillow RGB image, W x H; a JPEG that is not loaded yet is decoded no larger than
+                the crop needs.
+    mask:       its label map, a Pillow image of the same size, or None.
+    crop_size:  side of the square crop.
+    scale:      the range of the factor on the image's own size.
+    max_side:   if given, "own size" is that of the image shrunk until its longer side is max_side.
+    Returns (image, mask), at most crop_size x crop_size: smaller where the scaled image is, for the
+    caller to pad (see pad). One resampling of the region that is seen gives what resizing
+    the whole image and then cropping it would; masks are resampled to the nearest label.
+    """
+    width, height = image.size
+    factor = rng.uniform(*scale) * min(1, (max_side or max(image.size)) / max(image.size))
+    scaled = [max(1, round(side * factor)) for side in (width, height)]
+    size = [min(side, crop_size) for side in scaled]
+    left, top = (int(rng.integers(0, a - b + 1)) for a, b in zip(scaled, size))
+    corners = (left, top, left + size[0], top + size[1])
+    flip = rng.random() < 0.5
+
+    def crop(picture, resample):
+        box = [c * side / s for c, side, s in zip(corners, picture.size * 2, scaled * 2)]
+        picture = picture.resize(size, resample, box=box)
+        return ImageOps.mirror(picture) if flip else picture
+
+    image.draft(None, tuple(scaled))
+    return (crop(image.convert("RGB"), Image.Resampling.BILINEAR),
+            crop(mask, Image.Resampling.NEAREST) if mask is not None else None)
+
+
+# Table 5's intensity operations: name -> f(image, rng).
+INTENSITY_OPERATIONS = {
+    "identity": lambda image, rng: image,
+    "invert": lambda image, rng: TF.invert(image),
+    "autocontrast": lambda image, rng: TF.autocontrast(image),
+    "equalize": lambda image, rng: TF.equalize(image),
+    "blur": lambda image, rng: image.filter(ImageFilter.GaussianBlur(rng.uniform(0.1, 2.0))),
+    "contrast": lambda image, rng: TF.adjust_contrast(image, rng.uniform(0.05, 0.95)),
+    "sharpness": lambda image, rng: TF.adjust_sharpness(image, rng.uniform(0.05, 0.95)),
+    "color": lambda image, rng: TF.adjust_saturation(image, rng.uniform(0.05, 0.95)),
+    "brightness": lambda image, rng: TF.adjust_brightness(image, rng.uniform(0.05, 0.95)),
+    "hue": lambda image, rng: TF.adjust_hue(image, rng.uniform(-0.5, 0.5)),
+    "posterize": lambda image, rng: TF.posterize(image, int(rng.integers(4, 9))),
+    "solarize": lambda image, rng: TF.solarize(image, int(rng.integers(1, 256))),
+}
+
+
+def strong_augment(image, rng):
+    """Two different operations of Table 5's twelve, one after the other (R13).
+
+    A Pillow RGB image without padding (equalize and autocontrast look at all of it) -> the same.
+    """
+    for name in rng.choice(list(INTENSITY_OPERATIONS), size=2, replace=False):
+        image = INTENSITY_OPERATIONS[name](image, rng)
+    return image
+
+
+def pad(picture, size, fill):
+    """A Pillow image on a size x size canvas of colour `fill`, in its upper left corner."""
+    return ImageOps.expand(picture, (0, 0, size - picture.width, size - picture.height), fill)
+
+
+def blend_intensity(weak, strong, hardness):
+    """A^I(u), Eq. 8: the strong view weighs 1 - gamma, so that hard images are distorted least (R1).
+
+    weak, strong (B, 3, H, W) float -> the same. Pass 1 - gamma for the equation as printed.
+    """
+    return torch.lerp(strong, weak, hardness[:, None, None, None])
+
+
+def hard_easy_pairs(hardness):
+    """The hard-easy pairs of Sec. 2.3.1: the easiest with the hardest, the second easiest with the
+    second hardest, and so on.
+
+    hardness (B,) -> (B,) int64, the index of each image's partner. A pairing is mutual; in an odd
+    batch the image in the middle is its own partner.
+    """
+    ascending = hardness.argsort(stable=True)
+    return torch.empty_like(ascending).scatter_(0, ascending, ascending.flip(0))
+
+
+def random_boxes(batch, height, width, rng):
+    """One CutMix box an image (R12): side ratio U(0.1, 0.9), centre uniform, clipped at the border.
+
+    Returns a (B, 4) int64 tensor of (top, left, bottom, right).
+    """
+    ratio, y, x = torch.from_numpy(rng.random((3, batch)))
+    half = (0.1 + 0.8 * ratio) / 2
+    top, bottom = ((y + side * half).clamp(0, 1) * height for side in (-1, 1))
+    left, right = ((x + side * half).clamp(0, 1) * width for side in (-1, 1))
+    return torch.stack([top, left, bottom, right], dim=1).round().long()
+
+
+def box_masks(boxes, height, width):
+    """M of Eq. 9: boxes (B, 4) -> (B, H, W) bool, True inside the box."""
+    y = torch.arange(height, device=boxes.device)[None, :, None]
+    x = torch.arange(width, device=boxes.device)[None, None, :]
+    top, left, bottom, right = boxes[:, :, None, None].unbind(1)
+    return (y >= top) & (y < bottom) & (x >= left) & (x < right)
+
+
+def cutmix(images, pseudo_labels, partner, masks):
+    """A^C(u) and p^t', Eq. 9: inside its mask, an image shows its partner, and so does its label map.
+
+    images (B, 3, H, W), pseudo_labels (B, H, W), partner (B,), masks (B, H, W) bool, of any dtype
+    -> (images, pseudo_labels). An all-False mask leaves an image as it is.
+    """
+    return (torch.where(masks[:, None], images[partner], images),
+            torch.where(masks, pseudo_labels[partner], pseudo_labels))

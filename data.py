@@ -1,0 +1,600 @@
+"""Data sets, their protocols (Sec. 3), the split into labelled and unlabelled, and seeded batches.
+
+    python data.py --dataset NAME --data-root DIR      says what is there, and what is wrong with it
+    python data.py --dataset voc --download            brings and prepares PASCAL VOC 2012 and SBD
+    python data.py --dataset custom --data-root DIR --convert   colour masks (CVAT) -> index masks
+
+Every random draw is a function of (seed, iteration, place in the global batch): no generator lives
+from one iteration to the next, so a run can resume anywhere, on any number of ranks and workers.
+"""
+
+import argparse
+import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageOps
+
+import augment
+
+IGNORE = 255
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
+PAD_COLOUR = tuple(round(255 * m) for m in MEAN)
+SPLITS = {"1_16": 16, "1_8": 8, "1_4": 4, "1_2": 2, "full": 1}
+HERE = Path(__file__).resolve().parent
+
+
+class InputError(Exception):
+    """Something that the user can mend: one line that names the file or flag, and the remedy."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What --dataset settles unless a flag says otherwise: a row of design.md's section 5."""
+    data_root: str = "data/custom"
+    split: str | None = None
+    backbone: str = "resnet50"
+    output_stride: int = 16
+    channels: int = 256
+    weights: str = "imagenet"
+    crop_size: int = 513
+    scale: tuple = (0.5, 2.0)
+    window: int | None = None  # of the sliding evaluation; None: the whole image in one pass
+    batch_size: int = 16
+    epochs: int = 80
+    tau: float = 0.95
+    lr: float = 0.01  # of the decoder
+    encoder_lr: float = 0.001
+    weight_decay: float = 1e-4
+    lambda_u: float = 3.0
+    eval_every: int = 1  # epochs
+
+
+VOC = Protocol(data_root="data/voc", split="1_8")
+PROTOCOLS = {
+    "shapes": Protocol(data_root="", split="1_16", backbone="resnet18", channels=64, weights="none",
+                       crop_size=64, batch_size=8, epochs=8, tau=0.8, lr=0.03, encoder_lr=0.03),
+    "voc": VOC,
+    "voc_classic": VOC,
+    "cityscapes": Protocol(data_root="data/cityscapes", split="1_8", crop_size=769, window=769,
+                           epochs=240, tau=0.7, encoder_lr=0.01, weight_decay=5e-4),
+    "custom": Protocol(),
+}
+
+VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog "
+               "horse motorbike person pottedplant sheep sofa train tvmonitor").split()
+CITYSCAPES = {  # class: (its labelId, its colour), in the order of the 19 training ids
+    "road": (7, (128, 64, 128)), "sidewalk": (8, (244, 35, 232)),
+    "building": (11, (70, 70, 70)), "wall": (12, (102, 102, 156)),
+    "fence": (13, (190, 153, 153)), "pole": (17, (153, 153, 153)),
+    "traffic light": (19, (250, 170, 30)), "traffic sign": (20, (220, 220, 0)),
+    "vegetation": (21, (107, 142, 35)), "terrain": (22, (152, 251, 152)),
+    "sky": (23, (70, 130, 180)), "person": (24, (220, 20, 60)),
+    "rider": (25, (255, 0, 0)), "car": (26, (0, 0, 142)),
+    "truck": (27, (0, 0, 70)), "bus": (28, (0, 60, 100)),
+    "train": (31, (0, 80, 100)), "motorcycle": (32, (0, 0, 230)),
+    "bicycle": (33, (119, 11, 32)),
+}
+SHAPES_CLASSES = ("background", "disc", "ring", "triangle", "cross", "stripes")
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+
+
+def voc_palette(num_classes):
+    """VOC's colours: the bits of the class id, spread over red, green and blue."""
+    bit = lambda c, k: c >> k & 1
+    return [tuple(sum(bit(c, 3 * i + k) << 7 - i for i in range(8)) for k in range(3))
+            for c in range(num_classes)]
+
+
+@dataclass
+class SegmentationData:
+    """A data set: where its images and masks are, and what its classes are called.
+
+    images, masks:  id -> file. An unlabelled image has no mask.
+    train, val:     sorted ids; `labelled` are those of train that a split may take as labelled.
+    label_ids:      a table of 256 from the ids in the mask files to the training ids, or None.
+    note:           a line that says what was decided about this data set, or None.
+    """
+    classes: list
+    palette: list
+    images: dict = field(repr=False)
+    masks: dict = field(repr=False)
+    train: list = field(repr=False)
+    val: list = field(repr=False)
+    labelled: list = field(repr=False)
+    label_ids: np.ndarray | None = field(default=None, repr=False)
+    note: str | None = None
+
+    def image(self, name):
+        """The photograph as a Pillow image, upright as its EXIF says. Decoded only when needed."""
+        return open_photograph(self.images[name])
+
+    def mask(self, name):
+        """The label map as a Pillow "L" image of class ids and 255.
+
+        Raises InputError for a file that cannot be read, is in colour, or holds other ids.
+        """
+        path = self.masks[name]
+        try:
+            with Image.open(path) as picture:
+                labels = np.array(picture)
+        except (OSError, SyntaxError) as error:
+            raise InputError(unreadable(path, error)) from None
+        if labels.ndim != 2:
+            raise InputError(f"{path}: a colour image ({picture.mode}); masks must be index PNGs "
+                             f"(one channel of class ids); see --convert")
+        if self.label_ids is not None:
+            labels = self.label_ids[labels]
+        strange = labels[(labels != IGNORE) & ((labels < 0) | (labels >= len(self.classes)))]
+        if strange.size:
+            raise InputError(f"{path}: holds the ids {short_list(np.unique(strange))}, but there are "
+                             f"{len(self.classes)} classes (0 to {len(self.classes) - 1}; 255 is "
+                             f"ignored); mend the mask or the list of classes")
+        return Image.fromarray(labels.astype(np.uint8))
+
+
+def open_photograph(path):
+    try:
+        image = Image.open(path)
+        ImageOps.exif_transpose(image, in_place=True)
+        return image
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(unreadable(path, error)) from None
+
+
+def unreadable(path, error):
+    if isinstance(error, FileNotFoundError):
+        return f"{path}: no such file"
+    return f"{path}: cannot be read ({str(error).splitlines()[0]}); replace or remove the file"
+
+
+def short_list(items, most=3):
+    items = [str(item) for item in items]
+    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
+
+
+def open_data(dataset, root=None):
+    """The data set that --dataset and --data-root name. Raises InputError where it is not there."""
+    root = Path(root or PROTOCOLS[dataset].data_root)
+    if dataset == "shapes":
+        return Shapes()
+    if not root.is_dir():
+        raise InputError(f"--data-root {root}: no such folder; give the folder of {dataset}"
+                         + (", or bring it: python data.py --dataset voc --download"
+                            if dataset.startswith("voc") else ""))
+    return {"voc": open_voc, "voc_classic": open_voc, "cityscapes": open_cityscapes,
+            "custom": open_custom}[dataset](root, dataset)
+
+
+def find_folder(root, child, places):
+    """The first of root / place that holds the folder `child`."""
+    for place in places:
+        if (root / place / child).is_dir():
+            return root / place
+    raise InputError(f"--data-root {root}: no folder {child}/ in it; give the folder that holds it")
+
+
+def open_voc(root, dataset):
+    """PASCAL VOC 2012, with SBD's masks in SegmentationClassAug/ for the blended training set."""
+    root = find_folder(root, "JPEGImages", (".", "VOC2012", "VOCdevkit/VOC2012", ".."))
+    lists = root / "ImageSets" / "Segmentation"
+    voc_train, val = read_list(lists / "train.txt"), read_list(lists / "val.txt")
+    blended = stems(root / "SegmentationClassAug")
+    own = stems(root / "SegmentationClass")
+    if not blended:
+        raise InputError(f"{root / 'SegmentationClassAug'}: no masks; the blended training set needs "
+                         f"SBD's: python data.py --dataset voc --data-root {root} --download")
+    train = sorted((set(blended) | set(voc_train)) - set(val))
+    images = {name: root / "JPEGImages" / f"{name}.jpg" for name in train + val}
+    return SegmentationData(VOC_CLASSES, voc_palette(21), images, blended | own, train, val,
+                            labelled=train if dataset == "voc" else voc_train)
+
+
+def open_cityscapes(root, dataset):
+    """Cityscapes: leftImg8bit/ and gtFine/, with labelTrainIds or only labelIds masks."""
+    root = find_folder(root, "leftImg8bit", (".", "cityscapes", ".."))
+    images, masks, lists = {}, {}, {"train": [], "val": []}
+    for part, names in lists.items():
+        for path in sorted((root / "leftImg8bit" / part).glob("*/*_leftImg8bit.png")):
+            name, city = path.name.removesuffix("_leftImg8bit.png"), path.parent.name
+            names.append(name)
+            images[name] = path
+            masks[name] = root / "gtFine" / part / city / f"{name}_gtFine_labelTrainIds.png"
+    label_ids = None
+    if not any(path.exists() for path in masks.values()):
+        masks = {name: path.with_name(path.name.replace("TrainIds", "Ids"))
+                 for name, path in masks.items()}
+        label_ids = np.full(256, IGNORE, np.uint8)
+        label_ids[[label_id for label_id, _ in CITYSCAPES.values()]] = range(19)
+    masks = {name: path for name, path in masks.items() if path.exists()}
+    return SegmentationData(list(CITYSCAPES), [colour for _, colour in CITYSCAPES.values()], images,
+                            masks, lists["train"], lists["val"], lists["train"], label_ids)
+
+
+def open_custom(root, dataset):
+    """Own photographs in the VOC layout, as labelme and CVAT export it, or in images/ and masks/.
+
+    Every training image with a mask is labelled; every one without is not.
+    """
+    photographs = next((root / folder for folder in ("JPEGImages", "images")
+                        if (root / folder).is_dir()), None)
+    if photographs is None:
+        raise InputError(f"--data-root {root}: neither JPEGImages/ nor images/ in it; give the "
+                         f"folder that holds one of them")
+    masks = next(filter(None, (stems(root / folder) for folder in (
+        "SegmentationClassIds", "SegmentationClass", "SegmentationClassPNG", "masks"))), {})
+    if (root / "labelmap.txt").exists() and not (root / "SegmentationClassIds").is_dir():
+        raise InputError(f"{root / 'labelmap.txt'}: masks in colour, as CVAT exports them; first "
+                         f"python data.py --dataset custom --data-root {root} --convert")
+    names_file = root / "class_names.txt"
+    classes = names_file.read_text().split("\n") if names_file.exists() else []
+    classes = [name.strip() for name in classes if name.strip()]
+    if not classes:
+        raise InputError(f"{names_file}: missing or empty; write one class name a line, in the "
+                         f"order of the ids in the masks")
+    images = stems(photographs, IMAGE_SUFFIXES)
+    lists, note = root / "ImageSets" / "Segmentation", None
+    train = sorted(read_list(lists / "train.txt") if (lists / "train.txt").exists() else images)
+    if (lists / "val.txt").exists():
+        val = read_list(lists / "val.txt")
+    else:
+        with_mask = [name for name in train if name in masks]
+        drawn = np.random.default_rng(0).permutation(len(with_mask))[:-(-len(with_mask) // 10)]
+        val = sorted(with_mask[i] for i in drawn)
+        train = [name for name in train if name not in set(val)]
+        note = (f"no {lists / 'val.txt'}: {len(val)} of the {len(with_mask)} labelled images, drawn "
+                f"with a fixed seed, are kept for validation")
+    if not (lists / "train.txt").exists():
+        train = [name for name in train if name not in set(val)]
+    return SegmentationData(classes, voc_palette(len(classes)), images, masks, train, val,
+                            [name for name in train if name in masks], note=note)
+
+
+def stems(folder, suffixes=(".png",)):
+    """stem -> file, of the files in a folder with one of the suffixes, sorted; {} without folder."""
+    found = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.suffix.lower() in suffixes and not path.name.startswith("."):
+            if path.stem in found:
+                raise InputError(f"{path} and {found[path.stem].name}: two files for one id; "
+                                 f"remove or rename one")
+            found[path.stem] = path
+    return found
+
+
+def read_list(path):
+    """The ids in a list, one a line, in any form in use: bare ids, JPEGImages/ID.jpg with or without
+    its mask behind it, or leftImg8bit/train/CITY/ID_leftImg8bit.png. # opens a comment line."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(unreadable(path, error)) from None
+    ids = []
+    for line in filter(None, map(str.strip, lines)):
+        if line.startswith("#"):
+            continue
+        file = re.match(r"(.+?)\.(?:jpe?g|png|bmp|webp|tiff?)(?:\s|$)", line, re.IGNORECASE)
+        name = re.split(r"[/\\]", file[1] if file else line)[-1]
+        ids.append(name.removesuffix("_leftImg8bit"))
+    twice = sorted(name for name in set(ids) if ids.count(name) > 1) if len(set(ids)) < len(ids) else []
+    if twice:
+        raise InputError(f"{path}: ids listed twice: {short_list(twice)}; keep one line of each")
+    return ids
+
+
+def split_ids(data, dataset, split):
+    """The (labelled, unlabelled) training ids under --split: sorted, disjoint, complete.
+
+    A name of SPLITS takes the positions in splits/DATASET/NAME.txt if there is such a list, else
+    every 16th, 8th, 4th or 2nd of the sorted ids, from the first: the rule of CPS's blended VOC
+    partitions. A file is a list of labelled ids. None labels every image that has a mask.
+    """
+    pool = sorted(data.labelled)
+    if split in SPLITS:
+        positions = HERE / "splits" / dataset / f"{split}.txt"
+        if positions.exists():
+            chosen = [int(p) for p in read_list(positions)]
+            if max(chosen) >= len(pool):
+                raise InputError(f"--split {split}: {positions} draws from more than the {len(pool)} "
+                                 f"images of this copy of {dataset}; complete it, or give a list")
+            labelled = [pool[p] for p in chosen]
+        else:
+            labelled = pool[::SPLITS[split]]
+    elif split is None:
+        labelled = pool
+    elif Path(split).is_file():
+        labelled = read_list(Path(split))
+        unknown = [name for name in labelled if name not in set(data.train)]
+        held_out = [name for name in unknown if name in set(data.val)]
+        if held_out:
+            raise InputError(f"--split {split}: validation images among the labelled ones: "
+                             f"{short_list(held_out)}; remove them")
+        if unknown:
+            raise InputError(f"--split {split}: {len(unknown)} ids are not in {dataset}'s training "
+                             f"set: {short_list(unknown)}; mend the list or complete the data")
+    else:
+        raise InputError(f"--split {split}: {dataset} has no such split and there is no such file; "
+                         f"give one of {', '.join(SPLITS)}, or a list of ids")
+    return sorted(labelled), sorted(set(data.train) - set(labelled))
+
+
+def problems(data, labelled, unlabelled, contents=500):
+    """Everything that would spoil a run, a line each; [] if all is well.
+
+    Files and sizes are read from the headers of all images and masks; the contents of the masks,
+    from at most `contents` of them, evenly spread (the others are checked whenever they are read).
+    """
+    if isinstance(data, Shapes):
+        return []  # drawn, not read
+    found = []
+    if not labelled:
+        found.append("no labelled image: no mask belongs to a training image; give masks, or another "
+                     "--split")
+    both = sorted(set(data.train) & set(data.val))
+    if both:
+        found.append(f"{len(both)} validation images are among the training ones: "
+                     f"{short_list(both)}; keep each in one list")
+    if not data.val:
+        found.append("no validation image: list some, with masks, in ImageSets/Segmentation/val.txt")
+    with_masks = sorted({*labelled, *data.val})
+    everything = sorted({*with_masks, *unlabelled})
+    absent = [n for n in everything if n not in data.images or not data.images[n].is_file()]
+    if absent:
+        found.append(f"{len(absent)} listed images are missing: {short_list(absent)}; complete the "
+                     f"data set or mend the list")
+    unmasked = [n for n in with_masks if n not in data.masks or not data.masks[n].is_file()]
+    if unmasked:
+        found.append(f"{len(unmasked)} images of the labelled or validation list have no mask: "
+                     f"{short_list(unmasked)}; add their masks or take them off the list")
+    skip = {*absent, *unmasked}
+
+    def header(name):
+        try:
+            size = data.image(name).size
+            if name in with_masks_set and name not in skip:
+                with Image.open(data.masks[name]) as mask:
+                    if mask.size != size:
+                        return (f"{data.masks[name]}: {mask.width} x {mask.height} pixels, but its "
+                                f"image (upright, as its EXIF says) has {size[0]} x {size[1]}; "
+                                f"export the mask again")
+        except InputError as error:
+            return str(error)
+        except (OSError, SyntaxError) as error:
+            return unreadable(data.masks[name], error)
+
+    def content(name):
+        try:
+            data.mask(name)
+        except InputError as error:
+            return str(error)
+
+    with_masks_set = set(with_masks)
+    readable = [n for n in with_masks if n not in skip]
+    with ThreadPoolExecutor() as pool:
+        found += filter(None, pool.map(header, (n for n in everything if n not in absent)))
+        found += filter(None, pool.map(content, readable[::-(-len(readable) // contents) or 1]))
+    return list(dict.fromkeys(found))
+
+
+class Shapes(SegmentationData):
+    """The embedded data set: five shapes on a background, 64 x 64, drawn from their ids.
+
+    From plainly easy to plainly hard: contrast falls, and noise, clutter and overlap grow with one
+    number an image. A class is told by its form alone, which Table 5's operations keep; its colour
+    says nothing.
+    """
+    SIZE, TRAIN, VAL = 64, 400, 128
+
+    def __init__(self):
+        train = [f"train_{i:03d}" for i in range(self.TRAIN)]
+        val = [f"val_{i:03d}" for i in range(self.VAL)]
+        files = {name: Path("shapes") / name for name in train + val}
+        super().__init__(list(SHAPES_CLASSES), voc_palette(len(SHAPES_CLASSES)), files, files, train,
+                         val, train)
+
+    def image(self, name):
+        return draw_shapes(name)[0]
+
+    def mask(self, name):
+        return draw_shapes(name)[1]
+
+
+@lru_cache(maxsize=1024)
+def draw_shapes(name, size=Shapes.SIZE):
+    """(image, mask), Pillow RGB and L, that an id of Shapes stands for."""
+    part, number = name.split("_")
+    rng = np.random.default_rng((part == "val", int(number)))
+    hard = rng.random()
+    contrast, noise = 110 - 80 * hard, 4 + 24 * hard
+    ground = rng.uniform(70, 185, 3)
+    image = Image.new("RGB", (size, size), colour(ground))
+    mask = Image.new("L", (size, size), 0)
+
+    def clutter(count):
+        for _ in range(count):
+            shade = ground + rng.choice([-1, 1]) * rng.uniform(0.3, 0.8) * contrast
+            ImageDraw.Draw(image).line([tuple(p) for p in rng.uniform(0, size, (2, 2))],
+                                       colour(shade), width=1)
+
+    clutter(int(6 * hard))
+    for _ in range(rng.integers(1, 3 + round(2 * hard))):
+        label = int(rng.integers(1, len(SHAPES_CLASSES)))
+        outline, fill = shape_masks(label, size, rng)
+        sign = rng.choice([-1, 1])
+        image.paste(colour(ground + sign * contrast * rng.uniform(0.6, 1, 3)), mask=fill)
+        mask.paste(label, mask=outline)
+    clutter(int(3 * hard))
+    pixels = np.asarray(image) + rng.normal(0, noise, (size, size, 3))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), mask
+
+
+def colour(values):
+    return tuple(int(v) for v in np.clip(values, 0, 255))
+
+
+def shape_masks(label, size, rng):
+    """Two Pillow "1" images: the pixels that belong to a shape, and those that are painted."""
+    radius, angle = rng.uniform(9, 17), rng.uniform(0, 2 * np.pi)
+    centre = rng.uniform(0.7 * radius, size - 0.7 * radius, 2)
+    outline = Image.new("1", (size, size))
+    draw = ImageDraw.Draw(outline)
+
+    def polygon(*points, ink=1):
+        turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+        draw.polygon([tuple(p) for p in np.array(points) @ turn.T * radius + centre], fill=ink)
+
+    if SHAPES_CLASSES[label] in ("disc", "ring"):
+        draw.ellipse([*(centre - radius), *(centre + radius)], fill=1)
+        if SHAPES_CLASSES[label] == "ring":
+            draw.ellipse([*(centre - radius / 2), *(centre + radius / 2)], fill=0)
+    elif SHAPES_CLASSES[label] == "triangle":
+        polygon((0, -1.1), (0.95, 0.75), (-0.95, 0.75))
+    elif SHAPES_CLASSES[label] == "cross":
+        polygon((-1, -0.33), (1, -0.33), (1, 0.33), (-1, 0.33))
+        polygon((-0.33, -1), (0.33, -1), (0.33, 1), (-0.33, 1))
+    else:
+        polygon((-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9))
+        fill, outline_only = outline.copy(), outline
+        draw = ImageDraw.Draw(fill)
+        for y in (-0.54, 0.18):
+            polygon((-0.9, y), (0.9, y), (0.9, y + 0.36), (-0.9, y + 0.36), ink=0)
+        return outline_only, fill
+    return outline, outline
+
+
+# The streams of draws: (seed, stream, iteration, place) is the whole state of a generator.
+ORDER_X, ORDER_U, AUGMENT_X, AUGMENT_U, CUTMIX = range(5)
+
+
+def generator(seed, stream, *place):
+    return np.random.default_rng((seed, stream, *place))
+
+
+@lru_cache(maxsize=8)
+def shuffled(count, seed, stream, epoch):
+    return generator(seed, stream, epoch).permutation(count)
+
+
+def drawn_id(ids, batch_size, seed, stream, iteration, place):
+    """The id at a place of an iteration's global batch: the ids, shuffled anew for each pass."""
+    epoch, position = divmod(iteration * batch_size + place, len(ids))
+    return ids[shuffled(len(ids), seed, stream, epoch)[position]]
+
+
+@dataclass
+class TrainingDraws(torch.utils.data.Dataset):
+    """Item (iteration, place): the labelled and the unlabelled image at a place of the global batch.
+
+    A dict of uint8 tensors, S the crop size: x (3, S, S) and its labels y (S, S), 255 on void and
+    padding; weak and strong (3, S, S), the views A_w(u) and A_s(u); and the bool map valid (S, S),
+    False on padding. Without `unlabelled` (None), x and y alone; with strong=False, no strong view.
+    """
+    data: SegmentationData
+    labelled: list
+    unlabelled: list | None
+    batch_size: int
+    crop_size: int
+    seed: int
+    scale: tuple = (0.5, 2.0)
+    max_side: int | None = None
+    strong: bool = True
+
+    def __getitem__(self, key):
+        item = self.labelled_item(*key)
+        return item | self.unlabelled_item(*key) if self.unlabelled else item
+
+    def ids(self, iteration):
+        """The ids of a whole batch: (labelled, unlabelled)."""
+        return tuple([drawn_id(ids, self.batch_size, self.seed, stream, iteration, place)
+                      for place in range(self.batch_size)] if ids else []
+                     for ids, stream in ((self.labelled, ORDER_X), (self.unlabelled, ORDER_U)))
+
+    def labelled_item(self, iteration, place):
+        name = drawn_id(self.labelled, self.batch_size, self.seed, ORDER_X, iteration, place)
+        rng = generator(self.seed, AUGMENT_X, iteration, place)
+        image, mask = self.weak(name, self.data.mask(name), rng)
+        return {"x": self.to_tensor(image, PAD_COLOUR), "y": self.to_tensor(mask, IGNORE)}
+
+    def unlabelled_item(self, iteration, place):
+        name = drawn_id(self.unlabelled, self.batch_size, self.seed, ORDER_U, iteration, place)
+        rng = generator(self.seed, AUGMENT_U, iteration, place)
+        image, _ = self.weak(name, None, rng)
+        valid = torch.zeros(self.crop_size, self.crop_size, dtype=torch.bool)
+        valid[:image.height, :image.width] = True
+        item = {"weak": self.to_tensor(image, PAD_COLOUR), "valid": valid}
+        if self.strong:
+            item["strong"] = self.to_tensor(augment.strong_augment(image, rng), PAD_COLOUR)
+        return item
+
+    def weak(self, name, mask, rng):
+        image = self.data.image(name)
+        if mask is not None and mask.size != image.size:
+            raise InputError(f"{self.data.masks[name]}: not of the size of its image; export it again")
+        try:
+            return augment.weak_augment(image, mask, self.crop_size, rng, self.scale, self.max_side)
+        except (OSError, SyntaxError) as error:  # a photograph is decoded here, and may be truncated
+            raise InputError(unreadable(self.data.images[name], error)) from None
+
+    def to_tensor(self, picture, fill):
+        return picture_to_tensor(augment.pad(picture, self.crop_size, fill))
+
+
+def picture_to_tensor(picture):
+    """Pillow RGB or L -> uint8 (3, H, W) or (H, W)."""
+    tensor = torch.from_numpy(np.array(picture))
+    return tensor.permute(2, 0, 1).contiguous() if tensor.ndim == 3 else tensor
+
+
+def training_batches(draws, places, start, stop, workers, pin_memory=False):
+    """Iterates over the batches of iterations start..stop-1: of their items, those at `places`."""
+    keys = ([(iteration, place) for place in places] for iteration in range(start, stop))
+    return iter(torch.utils.data.DataLoader(draws, batch_sampler=keys, num_workers=workers,
+                                            pin_memory=pin_memory))
+
+
+def normalize(images):
+    """uint8 (B, 3, H, W) on any device -> float32, normalised with ImageNet's mean and deviation."""
+    mean, std = (torch.tensor(v, device=images.device)[:, None, None] * 255 for v in (MEAN, STD))
+    return (images - mean) / std
+
+
+def main(argv=None):
+    """Report on a data set; exit code 2 if something is wrong with it."""
+    parser = argparse.ArgumentParser(description="Check a data set, and say what is wrong with it.")
+    parser.add_argument("--dataset", choices=PROTOCOLS, default="shapes")
+    parser.add_argument("--data-root", help="folder of the data set (default: data/NAME)")
+    parser.add_argument("--split", help="report on this split too: a name, or a file of ids")
+    args = parser.parse_args(argv)
+    try:
+        data = open_data(args.dataset, args.data_root)
+        print(f"{args.dataset}: {len(data.images)} images, {len(data.masks)} masks; {len(data.train)} "
+              f"for training, {len(data.val)} for validation" + (f"\n{data.note}" if data.note else ""))
+        for split in dict.fromkeys([args.split, *SPLITS]):
+            labelled, unlabelled = split_ids(data, args.dataset, split)
+            print(f"--split {split or '(none)':8} {len(labelled):6} labelled {len(unlabelled):6} "
+                  f"unlabelled")
+        found = problems(data, sorted(data.labelled), sorted(set(data.train) - set(data.labelled)),
+                         contents=10 ** 9)
+        for line in found:
+            print(line, file=sys.stderr)
+        if found:
+            sys.exit(2)
+        names = sorted(data.labelled)
+        with ThreadPoolExecutor() as pool:
+            pixels = sum(pool.map(lambda name: np.bincount(np.asarray(data.mask(name)).ravel(),
+                                                           minlength=256), names))
+        for c, label in enumerate(data.classes):
+            print(f"{c:4} {label:20} {pixels[c] / pixels[:IGNORE].sum():7.2%} of the labelled pixels")
+        print(f" 255 {'ignored':20} {pixels[IGNORE] / pixels.sum():7.2%} of all pixels")
+    except InputError as error:
+        print(f"data.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

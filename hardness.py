@@ -1,0 +1,120 @@
+"""How hard an unlabelled image is (Eq. 5-7), and the loss that it weighs (Eq. 10).
+
+Works alone with any segmentation network: torch is all it needs. Every function is vectorised over
+the batch and never waits for the device.
+
+Shapes: B images, C classes, H x W pixels. A `prob` is a softmax over C, (B, C, H, W), float32.
+A `valid` is (B, H, W) bool, False where a crop was padded (reading R6); None means all True.
+"""
+
+import torch
+import torch.nn.functional as F
+
+IGNORE = 255  # the label of pixels that no loss sees: void, padding, low confidence
+
+
+def confident_ratio(prob, tau, valid=None):
+    """rho, Eq. 5 and 6: the share of (valid) pixels whose highest probability reaches tau.
+
+    prob (B, C, H, W) -> (B,) in [0, 1]; 0 for an image that is all padding.
+    """
+    confident = prob.amax(1) >= tau
+    if valid is None:
+        return confident.float().mean((1, 2))
+    return (confident & valid).sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)
+
+
+def weighted_iou(z1, z2, num_classes, valid=None, ignore_class=None):
+    """wIoU(z1, z2) of Eq. 7: the IoU of each class, weighted by its share of z1's pixels (R5).
+
+    z1, z2 (B, H, W) integer class maps -> (B,) in [0, 1]. Not commutative: the shares are z1's, so
+    a class that z1 lacks adds nothing. 1 where the maps agree on every valid pixel; 0 for an image
+    that is all padding.
+    ignore_class: a class that weighs nothing; the shares are then taken among the others, and an
+    image that holds no other class has wIoU 0. The authors' code does so with class 0.
+    """
+    B, C = len(z1), num_classes
+    z1, z2 = z1.flatten(1).long(), z2.flatten(1).long()
+    if valid is not None:  # padding is counted in a class of its own, C, and left out below
+        padding = ~valid.flatten(1)
+        z1, z2 = z1.masked_fill(padding, C), z2.masked_fill(padding, C)
+
+    def pixels(classes, where=None):
+        counted = torch.ones_like(classes) if where is None else where.long()
+        return classes.new_zeros(B, C + 1).scatter_add_(1, classes, counted)[:, :C].float()
+
+    area1, area2, intersection = pixels(z1), pixels(z2), pixels(z1, where=z1 == z2)
+    iou = intersection / (area1 + area2 - intersection).clamp(min=1)
+    if ignore_class is not None:
+        area1[:, ignore_class] = 0
+    return (area1 * iou).sum(1) / area1.sum(1).clamp(min=1)
+
+
+def instance_hardness(prob_t, prob_s, tau, valid=None, ignore_class=None):
+    """gamma, Eq. 7: how far teacher and student are from a confident agreement on an image.
+
+    prob_t, prob_s: both networks' predictions on the weakly augmented image, (B, C, H, W)
+    -> (B,) in [0, 1], large for hard: 1 where nothing is confident, nothing overlaps or all is
+    padding; 0 where both agree everywhere at full confidence. Symmetric in its two arguments.
+    """
+    rho_s = confident_ratio(prob_s, tau, valid)
+    rho_t = confident_ratio(prob_t, tau, valid)
+    z_s, z_t, C = prob_s.argmax(1), prob_t.argmax(1), prob_s.shape[1]
+    gamma = 1 - (rho_s / 2 * weighted_iou(z_s, z_t, C, valid, ignore_class)
+                 + rho_t / 2 * weighted_iou(z_t, z_s, C, valid, ignore_class))
+    return gamma.clamp(0, 1)
+
+
+def confidence_hardness(prob_t, prob_s, tau, valid=None):
+    """"high-ratios" of Fig. 3(a): 1 - (rho_s + rho_t) / 2. Shapes and range as Eq. 7's."""
+    return 1 - (confident_ratio(prob_s, tau, valid) + confident_ratio(prob_t, tau, valid)) / 2
+
+
+def loss_hardness(prob_t, prob_s, valid=None):
+    """"losses" of Fig. 3(a): 1 - exp(-L), where L is the student's mean cross-entropy, over the
+    valid pixels, to the teacher's labels.
+
+    exp(-L) is the geometric mean of the probability that the student gives the teacher's label, so
+    the result lies in [0, 1] without a scale to choose: 0 for certain agreement, toward 1 as L
+    grows; 1 for an image that is all padding. Shapes as Eq. 7's.
+    """
+    z_t = prob_t.argmax(1, keepdim=True)
+    loss = -prob_s.gather(1, z_t).squeeze(1).clamp(min=torch.finfo(prob_s.dtype).tiny).log()
+    if valid is None:
+        return 1 - torch.exp(-loss.mean((1, 2)))
+    pixels = valid.sum((1, 2))
+    easiness = torch.exp(-(loss * valid).sum((1, 2)) / pixels.clamp(min=1))
+    return 1 - easiness * (pixels > 0)
+
+
+def pseudo_label(prob_t, tau, valid=None):
+    """The teacher's class where max(p^t) >= tau on a valid pixel, else IGNORE: the indicator of
+    Eq. 4 and 10 as a label map.
+
+    prob_t (B, C, H, W) -> (B, H, W) uint8. Needs C <= 255.
+    """
+    confidence, labels = prob_t.max(1)
+    keep = confidence >= tau if valid is None else (confidence >= tau) & valid
+    return labels.to(torch.uint8).masked_fill_(~keep, IGNORE)
+
+
+def unsupervised_loss(logits, pseudo_labels, hardness):
+    """L_u, Eq. 10: each image's cross-entropy to its pseudo-labels, weighted by 1 - gamma (R3).
+
+    logits:         a list of the student's outputs (B, C, H, W), one for each strong view.
+    pseudo_labels:  the list of their label maps (B, H, W), IGNORE where nothing supervises.
+    hardness:       gamma (B,); zeros make it Eq. 4.
+    Returns a scalar: the mean over the images and over the views (the 2 of Eq. 10). Each image is
+    divided by H x W, however many of its pixels are supervised (R6).
+    """
+    loss = sum(pixel_cross_entropy(z, y) for z, y in zip(logits, pseudo_labels)) / len(logits)
+    return ((1 - hardness) * loss).mean()
+
+
+def pixel_cross_entropy(logits, labels):
+    """The inner sum of Eq. 3, 4 and 10: 1/(H x W) sum over the pixels of H, 0 where IGNORE.
+
+    logits (B, C, H, W), labels (B, H, W) integer -> (B,).
+    """
+    loss = F.cross_entropy(logits, labels.long(), ignore_index=IGNORE, reduction="none")
+    return loss.mean((1, 2))
