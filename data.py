@@ -299,9 +299,10 @@ def split_ids(data, dataset, split):
         positions = HERE / "splits" / dataset / f"{split}.txt"
         if positions.exists():
             chosen = [int(p) for p in read_list(positions)]
-            if max(chosen) >= len(pool):
-                raise InputError(f"--split {split}: {positions} draws from more than the {len(pool)} "
-                                 f"images of this copy of {dataset}; complete it, or give a list")
+            if len(pool) != DRAWN_SPLITS[dataset][0]:
+                raise InputError(f"--split {split}: {positions} is a draw from all "
+                                 f"{DRAWN_SPLITS[dataset][0]} training images of {dataset}, and "
+                                 f"{len(pool)} are here; complete them, or give a list of ids")
             labelled = [pool[p] for p in chosen]
         else:
             labelled = pool[::SPLITS[split]]
@@ -321,6 +322,22 @@ def split_ids(data, dataset, split):
         raise InputError(f"--split {split}: {dataset} has no such split and there is no such file; "
                          f"give one of {', '.join(SPLITS)}, or a list of ids")
     return sorted(labelled), sorted(set(data.train) - set(labelled))
+
+
+DRAWN_SPLITS = {"voc_classic": (1464, (92, 183, 366, 732)), "cityscapes": (2975, (186, 372, 744, 1488))}
+
+
+def draw_splits(folder=HERE / "splits"):
+    """Write the position lists of splits/: the first 92, 183, ... of one seeded permutation, so that
+    a smaller split is the start of a larger one."""
+    for dataset, (total, sizes) in DRAWN_SPLITS.items():
+        order = np.random.default_rng(0).permutation(total)
+        (folder / dataset).mkdir(parents=True, exist_ok=True)
+        for name, size in zip(SPLITS, sizes):
+            (folder / dataset / f"{name}.txt").write_text(
+                f"# positions in the {total} sorted training ids of {dataset}: the first {size} of "
+                f"numpy.random.default_rng(0).permutation({total}); made by data.draw_splits()\n"
+                + "".join(f"{p}\n" for p in order[:size]))
 
 
 def problems(data, labelled, unlabelled, contents=500):

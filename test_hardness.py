@@ -1,0 +1,176 @@
+"""Eq. 5-7 and Eq. 10, by hand, as properties, and against a slow version in NumPy."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from hardness import (IGNORE, confidence_hardness, confident_ratio, instance_hardness, loss_hardness,
+                      pseudo_label, unsupervised_loss, weighted_iou)
+
+
+def one_hot(classes, num_classes, confidence=1.0):
+    """A prob whose argmax is `classes` and whose maximum is `confidence` everywhere."""
+    classes = torch.as_tensor(classes)
+    rest = (1 - confidence) / (num_classes - 1)
+    prob = torch.full((*classes.shape, num_classes), rest)
+    return prob.scatter_(-1, classes[..., None], confidence).movedim(-1, 1)
+
+
+def random_prob(B=3, C=5, H=6, W=7, seed=0, sharpness=4.0):
+    logits = torch.randn(B, C, H, W, generator=torch.Generator().manual_seed(seed))
+    return (sharpness * logits).softmax(1)
+
+
+def test_confident_ratio_of_a_2x2_image():
+    # Highest probabilities 0.9, 0.6, 0.7, 0.5: two of four reach 0.7 ("at least": 0.7 counts).
+    prob = torch.tensor([[[[0.9, 0.6], [0.7, 0.5]], [[0.1, 0.4], [0.3, 0.5]]]])
+    assert confident_ratio(prob, 0.7).tolist() == [0.5]
+    # Without the last pixel: two of three.
+    valid = torch.tensor([[[True, True], [True, False]]])
+    assert confident_ratio(prob, 0.7, valid).tolist() == pytest.approx([2 / 3])
+
+
+def test_weighted_iou_of_a_2x2_image():
+    # z1 = 0 0 / 0 1 and z2 = 0 0 / 1 1.  IoU_0 = 2/3 and IoU_1 = 1/2.
+    # Shares of z1: 3/4 and 1/4, so wIoU = 3/4 * 2/3 + 1/4 * 1/2 = 5/8.
+    # Shares of z2: 1/2 and 1/2, so wIoU = 1/2 * 2/3 + 1/2 * 1/2 = 7/12.
+    z1, z2 = torch.tensor([[[0, 0], [0, 1]]]), torch.tensor([[[0, 0], [1, 1]]])
+    assert weighted_iou(z1, z2, 3).tolist() == pytest.approx([5 / 8])
+    assert weighted_iou(z2, z1, 3).tolist() == pytest.approx([7 / 12])
+
+
+def test_hardness_of_a_2x2_image():
+    # The maps above, the student confident in all four pixels, the teacher in three:
+    # gamma = 1 - (1/2 * wIoU(z_s, z_t) + 3/8 * wIoU(z_t, z_s)) = 1 - (5/16 + 7/32) = 15/32.
+    prob_s = one_hot([[[0, 0], [0, 1]]], 3, 0.95)
+    prob_t = one_hot([[[0, 0], [1, 1]]], 3, 0.95)
+    prob_t[0, :, 0, 0] = torch.tensor([0.5, 0.3, 0.2])
+    assert instance_hardness(prob_t, prob_s, 0.9).tolist() == pytest.approx([15 / 32])
+
+
+def test_rho_of_the_student_pairs_with_the_students_own_shares():
+    # R5. Only the student is confident: gamma = 1 - wIoU(z_s, z_t) / 2 = 1 - 5/16. With the shares
+    # of the other map it would be 1 - 7/24.
+    prob_s = one_hot([[[0, 0], [0, 1]]], 3, 0.95)
+    prob_t = one_hot([[[0, 0], [1, 1]]], 3, 0.6)
+    assert instance_hardness(prob_t, prob_s, 0.9).tolist() == pytest.approx([11 / 16])
+
+
+def test_gamma_is_0_where_both_agree_with_confidence_and_1_where_nothing_is_confident():
+    classes = torch.arange(48).reshape(2, 4, 6) % 7
+    sure, unsure = one_hot(classes, 7, 1.0), one_hot(classes, 7, 0.4)
+    assert instance_hardness(sure, sure, 0.95).tolist() == [0, 0]
+    assert instance_hardness(unsure, unsure, 0.95).tolist() == [1, 1]
+    assert instance_hardness(sure, one_hot((classes + 1) % 7, 7), 0.95).tolist() == [1, 1]
+
+
+def test_one_class_everywhere_has_wiou_1():
+    z = torch.full((1, 5, 5), 3)
+    assert weighted_iou(z, z, 21).tolist() == [1]
+    assert weighted_iou(z, torch.full_like(z, 4), 21).tolist() == [0]
+
+
+def test_gamma_is_symmetric_and_within_bounds():
+    for seed in range(20):
+        prob_t, prob_s = random_prob(seed=seed), random_prob(seed=seed + 100)
+        gamma = instance_hardness(prob_t, prob_s, 0.6)
+        assert ((gamma >= 0) & (gamma <= 1)).all()
+        assert torch.allclose(gamma, instance_hardness(prob_s, prob_t, 0.6))
+
+
+@pytest.mark.parametrize("measure", [
+    lambda t, s, valid: instance_hardness(t, s, 0.6, valid),
+    lambda t, s, valid: instance_hardness(t, s, 0.6, valid, ignore_class=0),
+    lambda t, s, valid: confidence_hardness(t, s, 0.6, valid),
+    lambda t, s, valid: loss_hardness(t, s, valid)])
+def test_padding_changes_nothing(measure):
+    # R6. What stands in the padding must not matter, nor how much of it there is.
+    prob_t, prob_s = random_prob(seed=1), random_prob(seed=2)
+    bare = measure(prob_t, prob_s, None)
+    pad = lambda prob, seed: torch.cat([prob, random_prob(H=4, seed=seed)], dim=2)
+    valid = torch.ones(3, 10, 7, dtype=torch.bool)
+    valid[:, 6:] = False
+    for seed in (3, 4):
+        assert torch.allclose(measure(pad(prob_t, seed), pad(prob_s, seed + 10), valid), bare)
+    assert measure(prob_t, prob_s, torch.zeros(3, 6, 7, dtype=torch.bool)).tolist() == [1, 1, 1]
+
+
+def test_ignore_class_makes_a_crop_of_background_maximally_hard():
+    background = one_hot(torch.zeros(1, 4, 4, dtype=torch.long), 3)
+    assert instance_hardness(background, background, 0.9).item() == 0
+    assert instance_hardness(background, background, 0.9, ignore_class=0).item() == 1
+    # Of 0 0 / 1 1 against 0 0 / 1 2, class 1 alone is left of z1's shares, and its IoU is 1/2.
+    z1, z2 = torch.tensor([[[0, 0], [1, 1]]]), torch.tensor([[[0, 0], [1, 2]]])
+    assert weighted_iou(z1, z2, 3, ignore_class=0).tolist() == [0.5]
+
+
+def slow_hardness(prob_t, prob_s, tau, valid, ignore_class=None):
+    """Eq. 5-7 an image and a class at a time."""
+    gammas = []
+    for p_t, p_s, v in zip(prob_t.numpy(), prob_s.numpy(), valid.numpy()):
+        def wiou(z1, z2):
+            total = 0.0
+            counted = [c for c in range(len(p_t)) if c != ignore_class]
+            pixels = sum(((z1 == c) & v).sum() for c in counted)
+            for c in counted:
+                a, b = (z1 == c) & v, (z2 == c) & v
+                if a.any():
+                    total += a.sum() / pixels * (a & b).sum() / (a | b).sum()
+            return total
+        z_t, z_s = p_t.argmax(0), p_s.argmax(0)
+        rho = lambda p: (p.max(0) >= tau)[v].mean()
+        gammas.append(1 - rho(p_s) / 2 * wiou(z_s, z_t) - rho(p_t) / 2 * wiou(z_t, z_s))
+    return gammas
+
+
+@pytest.mark.parametrize("ignore_class", [None, 0])
+def test_against_a_loop_over_images_and_classes(ignore_class):
+    for seed in range(10):
+        prob_t = random_prob(4, 6, 9, 11, seed)
+        prob_s = (prob_t.log() + random_prob(4, 6, 9, 11, seed + 50)).softmax(1)
+        valid = torch.rand(4, 9, 11, generator=torch.Generator().manual_seed(seed)) < 0.8
+        expected = slow_hardness(prob_t, prob_s, 0.5, valid, ignore_class)
+        gamma = instance_hardness(prob_t, prob_s, 0.5, valid, ignore_class)
+        np.testing.assert_allclose(gamma, expected, atol=1e-6)
+
+
+def test_alternatives_of_fig_3a_by_hand():
+    prob_t = one_hot([[[0, 0], [1, 1]]], 2, 0.9)
+    prob_s = one_hot([[[0, 0], [0, 1]]], 2, 0.8)
+    # rho_t = 1 and rho_s = 0 at tau 0.85.
+    assert confidence_hardness(prob_t, prob_s, 0.85).tolist() == [0.5]
+    # The student gives the teacher's labels 0.8, 0.8, 0.2, 0.8: 1 - their geometric mean.
+    expected = 1 - math.prod([0.8, 0.8, 0.2, 0.8]) ** 0.25
+    assert loss_hardness(prob_t, prob_s).tolist() == pytest.approx([expected])
+    impossible = one_hot([[[1, 1], [1, 1]]], 2)
+    assert loss_hardness(one_hot([[[0, 0], [0, 0]]], 2), impossible).item() == pytest.approx(1)
+
+
+def test_pseudo_labels_are_kept_where_confident_and_valid():
+    prob = torch.tensor([[[[0.9, 0.6], [0.2, 0.05]], [[0.1, 0.4], [0.8, 0.95]]]])
+    valid = torch.tensor([[[True, True], [True, False]]])
+    assert pseudo_label(prob, 0.8).tolist() == [[[0, IGNORE], [1, 1]]]
+    assert pseudo_label(prob, 0.8, valid).tolist() == [[[0, IGNORE], [1, IGNORE]]]
+    assert pseudo_label(prob, 0.8).dtype == torch.uint8
+
+
+def test_unsupervised_loss_by_hand():
+    # Two images of 1 x 2 pixels, two classes. Uniform logits cost log 2 a pixel; 255 costs nothing.
+    uniform = torch.zeros(2, 2, 1, 2)
+    both, first = torch.tensor([[[0, 1]], [[1, 1]]]), torch.tensor([[[0, 255]], [[255, 255]]])
+    gamma = torch.tensor([0.25, 1.0])
+    # View I: image 0 costs log 2 on average, view C: half of it, as one of two pixels is ignored and
+    # H x W stays 2 (R6). Weighted by 1 - gamma (R3): 0.75 and 0. Halved over the views, and over B.
+    expected = (0.75 * (1 + 0.5) / 2 + 0) / 2 * math.log(2)
+    assert unsupervised_loss([uniform, uniform], [both, first], gamma).item() == pytest.approx(expected)
+    # Without hardness and with one view: Eq. 4.
+    assert unsupervised_loss([uniform], [both], torch.zeros(2)).item() == pytest.approx(math.log(2))
+
+
+def test_unsupervised_loss_sends_no_gradient_where_nothing_supervises():
+    logits = torch.randn(1, 3, 2, 2, requires_grad=True)
+    labels = torch.tensor([[[255, 1], [255, 255]]])
+    unsupervised_loss([logits], [labels], torch.tensor([0.2])).backward()
+    assert (logits.grad.abs().sum(1) > 0).tolist() == [[[False, True], [False, False]]]
