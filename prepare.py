@@ -1,0 +1,224 @@
+"""Brings and prepares data: PASCAL VOC 2012 with SBD's masks, and the colour masks of CVAT.
+
+    python data.py --dataset voc --data-root DIR --download
+    python data.py --dataset custom --data-root DIR --convert
+
+Stopped anywhere, the same command goes on: what is unfinished is called .part, and takes its own
+name only when it is complete. What the user has is read, never changed.
+"""
+
+import filecmp
+import os
+import re
+import shutil
+import socket
+import tarfile
+import zlib
+from http.client import HTTPException
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torchvision.datasets import SBDataset
+from torchvision.datasets.utils import check_integrity, download_url
+from torchvision.datasets.voc import DATASET_YEAR_DICT
+
+from data import IGNORE, InputError, read_list, short_list, stems, unreadable, voc_palette
+
+TRAINING_IDS = 10582  # VOC train and all of SBD, without VOC val
+TIMEOUT = 60  # seconds for which a server may say nothing
+AGAIN = "run the same command again"
+
+
+def download_voc(root):
+    """Bring VOC 2012 and SBD, and make SegmentationClassAug/, a mask for each of the 10,582 ids.
+
+    3.4 GB come from torchvision's addresses, under its checksums; about 8 GB of disk hold it all.
+    A VOC 2012 where open_voc looks for it, benchmark_RELEASE/ and the two archives in `root` are
+    used if they are there.
+    """
+    root = Path(root)
+    folder, url, file, md5 = (DATASET_YEAR_DICT["2012"][key]
+                              for key in ("base_dir", "url", "filename", "md5"))
+    voc = next((root / place for place in (".", "VOC2012", "VOCdevkit/VOC2012", "..")
+                if (root / place / "JPEGImages").is_dir()), None)
+    if voc is None or not stems(voc / "SegmentationClassAug"):
+        try:
+            from scipy.io import loadmat
+        except ImportError:
+            raise InputError("--download: reading SBD's .mat masks needs scipy; pip install scipy, "
+                             f"and {AGAIN}") from None
+        voc = voc or unpacked(root, folder, url, file, md5)
+        make_blended_masks(voc, root, loadmat)
+    lists, masks = voc / "ImageSets" / "Segmentation", voc / "SegmentationClassAug"
+    ids = {*stems(masks), *read_list(lists / "train.txt")} - {*read_list(lists / "val.txt")}
+    demand_count(ids, masks)
+    print(f"{masks}: {len(ids)} training ids. {file}, {SBDataset.filename} and "
+          f"benchmark_RELEASE/ in {root} may now be removed")
+
+
+def make_blended_masks(voc, root, loadmat):
+    """Make voc/SegmentationClassAug/ID.png: VOC's own mask where it has one, else SBD's."""
+    lists = [f"ImageSets/Segmentation/{part}.txt" for part in ("train", "val")]
+    demand(voc, lists)
+    train, val = (read_list(voc / file) for file in lists)
+    demand(voc, [f"SegmentationClass/{name}.png" for name in train + val])
+    sbd = unpacked(root, "benchmark_RELEASE", SBDataset.url, SBDataset.filename,
+                   SBDataset.md5) / "dataset"
+    demand(sbd, ["train.txt", "val.txt"])
+    ids = sorted({*train, *read_list(sbd / "train.txt"), *read_list(sbd / "val.txt")} - {*val})
+    demand_count(ids, sbd)
+    own = stems(voc / "SegmentationClass")
+    demand(voc, [f"JPEGImages/{name}.jpg" for name in ids])
+    demand(sbd, [f"cls/{name}.mat" for name in ids if name not in own])
+
+    part = voc / "SegmentationClassAug.part"
+    part.mkdir(exist_ok=True)
+    for number, name in enumerate(ids, 1):
+        if (part / f"{name}.png").exists():
+            continue
+        path = own.get(name, sbd / "cls" / f"{name}.mat")
+        try:
+            labels = (np.array(Image.open(path)) if name in own
+                      else loadmat(path)["GTcls"]["Segmentation"][0, 0])
+        except Exception as error:  # scipy has a dozen kinds of them for a damaged file
+            raise InputError(unreadable(path, error)) from None
+        if labels.ndim != 2 or ((labels > 20) & (labels != IGNORE)).any():
+            raise InputError(f"{path}: not a map of VOC's 21 classes; replace it, and {AGAIN}")
+        write_png(labels, voc_palette(256), part / f"{name}.png")
+        if number % 1000 == 0:
+            print(f"{part}: {number} of {len(ids)} masks", flush=True)
+    os.replace(part, voc / "SegmentationClassAug")
+
+
+def demand(folder, files):
+    missing = [file for file in files if not (folder / file).is_file()]
+    if missing:
+        raise InputError(f"{folder}: incomplete, without {short_list(missing)}; complete it, or move "
+                         f"it away, and {AGAIN}")
+
+
+def demand_count(ids, source):
+    if len(ids) != TRAINING_IDS:
+        raise InputError(f"{source}: gives {len(ids)} training ids, but the protocol has "
+                         f"{TRAINING_IDS}; move that folder away, and {AGAIN}")
+
+
+def unpacked(root, folder, url, filename, md5):
+    """root / folder: as it is if it is there, else out of an archive that holds it by that name."""
+    target, archive = root / folder, root / filename
+    if target.exists():
+        return target
+    fetch(url, archive, md5)
+    print(f"{archive}: unpacking", flush=True)
+    part = target.with_name(f"{target.name}.part")  # beside it: a rename stays in one file system
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        with tarfile.open(archive) as tar:
+            # "data" refuses what would be written outside; Pythons before 3.10.12 and 3.11.4 have
+            # no filters, and trust the checksum.
+            tar.extraction_filter = getattr(tarfile, "data_filter", lambda entry, path: entry)
+            tar.extractall(part)
+        os.replace(part / folder, target)
+    except (OSError, tarfile.TarError, EOFError, zlib.error) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{archive}: cannot be unpacked ({reason}); make room, or remove it if "
+                         f"damaged, and {AGAIN}") from None
+    shutil.rmtree(part, ignore_errors=True)
+    return target
+
+
+def fetch(url, archive, md5):
+    """Bring an archive, unless it is there. It gets its name when its checksum is right."""
+    if check_integrity(archive, md5):
+        return
+    print(f"{url} -> {archive}", flush=True)
+    remedy = f"{AGAIN}, or bring the file from elsewhere to {archive}"
+    socket.setdefaulttimeout(TIMEOUT)  # urllib alone would wait for ever
+    try:
+        download_url(url, archive.parent.absolute(), f"{archive.name}.part", md5)
+        os.replace(f"{archive}.part", archive)
+    except (OSError, HTTPException, RecursionError) as error:  # the last: redirects without end
+        raise InputError(f"{url}: cannot be fetched ({error}); {remedy}") from None
+    except RuntimeError:  # the checksum
+        raise InputError(f"{archive}: truncated, or another file, as {url} gave it (its md5 is not "
+                         f"{md5}); {remedy}") from None
+
+
+def convert_colour_masks(root):
+    """CVAT's "Segmentation mask 1.1": SegmentationClass/ in colour -> SegmentationClassIds/ in ids.
+
+    Ids count the lines of labelmap.txt from 0, and class_names.txt names them in that order. Black
+    is ignored (255) where the label map has neither "background" nor a black label. Run again, it
+    adds the masks that are new; what it would have to overwrite is an InputError.
+    """
+    root = Path(root)
+    names, colours = read_label_map(root / "labelmap.txt")
+    masks, names_file = stems(root / "SegmentationClass"), root / "class_names.txt"
+    if not masks:
+        raise InputError(f"{root}: no masks in SegmentationClass/*.png to convert; give the folder "
+                         f"of the export as --data-root")
+    if names_file.exists() and names_file.read_text("utf-8-sig", "replace").splitlines() != names:
+        raise InputError(f"{names_file}: there already, and not the names of labelmap.txt; move it "
+                         f"away, and {AGAIN}")
+    ids = np.full(1 << 24, -1, np.int16)  # one for every colour there is
+    if "background" not in names:
+        ids[0] = IGNORE
+    ids[colours @ [1 << 16, 1 << 8, 1]] = range(len(names))
+
+    final = root / "SegmentationClassIds"
+    part, old = final.with_suffix(".part"), final.with_suffix(".old")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    for name, path in masks.items():
+        try:
+            pixels = np.array(Image.open(path).convert("RGB")).astype(np.int32)
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise InputError(unreadable(path, error)) from None
+        codes = pixels @ [1 << 16, 1 << 8, 1]
+        labels = ids[codes]
+        if (labels < 0).any():
+            strange = (f"({c >> 16},{c >> 8 & 255},{c & 255})"
+                       for c in np.unique(codes[labels < 0]))
+            raise InputError(f"{path}: holds colours that labelmap.txt has not: "
+                             f"{short_list(strange)}; add them there, or mend the mask")
+        write_png(labels, colours, part / f"{name}.png")
+    for path in stems(final).values():
+        new = part / path.name
+        if not new.exists() or not filecmp.cmp(path, new, shallow=False):
+            raise InputError(f"{path}: not what SegmentationClass/ now gives; move {final} away, "
+                             f"and {AGAIN}")
+    names_file.with_suffix(".part").write_text("".join(f"{name}\n" for name in names), "utf-8")
+    os.replace(names_file.with_suffix(".part"), names_file)
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        os.replace(final, old)
+    os.replace(part, final)
+    shutil.rmtree(old, ignore_errors=True)
+    print(f"{final}: {len(masks)} masks, of the {len(names)} classes in {names_file}")
+
+
+def read_label_map(path):
+    """Lines of label:r,g,b:parts:actions, and # comments -> the labels and their (C, 3) colours."""
+    try:
+        lines = [line for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{unreadable(path, error)}; --convert is for CVAT's export named "
+                         f"Segmentation mask 1.1, which has one") from None
+    entries = [re.match(r"(.+?):(\d+),(\d+),(\d+)(:|\s*$)", line)
+               for line in lines if not line.startswith("#")]
+    colours = [tuple(map(int, entry.groups()[1:4])) for entry in entries if entry]
+    if (not 0 < len(set(colours)) == len(entries) <= IGNORE
+            or max(map(max, colours)) > 255):
+        raise InputError(f"{path}: not 1 to 255 lines of label:r,g,b:parts:actions, each with a colour "
+                         f"of its own; mend it, and {AGAIN}")
+    return [entry[1].strip() for entry in entries], np.array(colours)
+
+
+def write_png(labels, colours, path):
+    """Write (H, W) ids as an index PNG, which has another name until it is complete."""
+    picture = Image.fromarray(labels.astype(np.uint8))
+    picture.putpalette(np.array(colours, np.uint8).tobytes())
+    picture.save(path.with_suffix(".part"), "PNG")
+    os.replace(path.with_suffix(".part"), path)

@@ -1,0 +1,311 @@
+"""Data sets in the layouts that people have, the splits, the checks, and the seeded batches."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+from data import (DRAWN_SPLITS, IGNORE, SPLITS, InputError, Shapes, TrainingDraws, normalize,
+                  open_data, problems, read_list, split_ids, training_batches)
+
+HERE = Path(__file__).parent
+CAMVID = HERE.parent / "shared" / "camvid"
+
+
+def save(path, array, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(array, dtype=np.uint8)).save(path, **options)
+
+
+def photograph(seed=0, height=12, width=16):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def custom(root, images=10, masks=6, val=2, classes="sky\nroad\n"):
+    """Own data: masks on the first of the images; the last masked ones are for validation."""
+    for i in range(images):
+        save(root / "JPEGImages" / f"im{i}.jpg", photograph(i))
+    for i in range(masks):
+        save(root / "SegmentationClass" / f"im{i}.png", np.arange(12 * 16).reshape(12, 16) % 2)
+    if val:
+        lists = root / "ImageSets" / "Segmentation"
+        lists.mkdir(parents=True)
+        (lists / "val.txt").write_text("".join(f"im{i}\n" for i in range(masks - val, masks)))
+    (root / "class_names.txt").write_text(classes)
+    return root
+
+
+def voc(root):
+    """VOC's layout: 6 train and 2 val images with masks of VOC's own, 4 more with SBD's."""
+    base = root / "VOCdevkit" / "VOC2012"
+    for i in range(12):
+        save(base / "JPEGImages" / f"2007_{i:06d}.jpg", photograph(i))
+        save(base / "SegmentationClassAug" / f"2007_{i:06d}.png", np.full((12, 16), 20))
+        if i < 8:
+            save(base / "SegmentationClass" / f"2007_{i:06d}.png", np.full((12, 16), i))
+    lists = base / "ImageSets" / "Segmentation"
+    lists.mkdir(parents=True)
+    (lists / "train.txt").write_text("".join(f"2007_{i:06d}\n" for i in range(6)))
+    (lists / "val.txt").write_text("2007_000006\n2007_000007\n")
+    return root
+
+
+def cityscapes(root, kind="labelIds"):
+    for part, city in (("train", "aachen"), ("train", "ulm"), ("val", "bonn")):
+        for i in range(2):
+            stem = f"{city}_{i:06d}_000019"
+            save(root / "leftImg8bit" / part / city / f"{stem}_leftImg8bit.png", photograph(i))
+            save(root / "gtFine" / part / city / f"{stem}_gtFine_{kind}.png",
+                 np.resize([7, 8, 33, 0, 3, 26] if kind == "labelIds" else [0, 1, 18, 255, 255, 13],
+                           (12, 16)))
+    return root
+
+
+@pytest.mark.parametrize("place", [".", "VOCdevkit", "VOCdevkit/VOC2012", "VOCdevkit/VOC2012/JPEGImages"])
+def test_voc_is_found_from_the_folders_above_and_below(tmp_path, place):
+    found = open_data("voc", voc(tmp_path) / place)
+    assert len(found.classes) == 21 and len(found.train) == 10 and len(found.val) == 2
+    assert np.unique(found.mask("2007_000003")) == [3]   # VOC's own mask wins
+    assert np.unique(found.mask("2007_000009")) == [20]  # SBD's
+    assert open_data("voc_classic", tmp_path / place).labelled == [f"2007_{i:06d}" for i in range(6)]
+    assert problems(found, found.train, []) == []
+
+
+def test_voc_classic_takes_labels_from_voc_and_the_rest_unlabelled(tmp_path, monkeypatch):
+    monkeypatch.setitem(DRAWN_SPLITS, "voc_classic", (6, (3,)))
+    monkeypatch.setattr(data, "HERE", tmp_path)
+    data.draw_splits(tmp_path / "splits")
+    found = open_data("voc_classic", voc(tmp_path))
+    labelled, unlabelled = split_ids(found, "voc_classic", "1_16")
+    assert len(labelled) == 3 and set(labelled) <= set(found.labelled)
+    assert sorted(labelled + unlabelled) == found.train
+    assert len(split_ids(found, "voc_classic", "full")[0]) == 6
+
+
+@pytest.mark.parametrize("kind", ["labelIds", "labelTrainIds"])
+def test_cityscapes_masks_become_training_ids(tmp_path, kind):
+    found = open_data("cityscapes", cityscapes(tmp_path, kind))
+    assert len(found.classes) == 19 and len(found.train) == 4 and len(found.val) == 2
+    mask = np.asarray(found.mask("ulm_000001_000019")).ravel()[:6]
+    assert mask.tolist() == [0, 1, 18, 255, 255, 13]
+    assert problems(found, found.train, []) == []
+
+
+def test_custom_labels_every_image_with_a_mask(tmp_path):
+    found = open_data("custom", custom(tmp_path))
+    labelled, unlabelled = split_ids(found, "custom", None)
+    assert labelled == ["im0", "im1", "im2", "im3"]
+    assert unlabelled == ["im6", "im7", "im8", "im9"] and found.val == ["im4", "im5"]
+    assert split_ids(found, "custom", "1_2") == (["im0", "im2"], ["im1", "im3", *unlabelled])
+    assert problems(found, labelled, unlabelled) == []
+
+
+def test_custom_train_list_and_plain_folders(tmp_path):
+    root = custom(tmp_path)
+    (root / "ImageSets" / "Segmentation" / "train.txt").write_text("im0\nim7\n")
+    assert open_data("custom", root).train == ["im0", "im7"]
+    (root / "JPEGImages").rename(root / "images")
+    (root / "SegmentationClass").rename(root / "masks")
+    assert open_data("custom", root).labelled == ["im0"]
+
+
+def test_custom_older_labelme_trees(tmp_path):
+    root = custom(tmp_path)
+    (root / "SegmentationClass").rename(root / "SegmentationClassPNG")
+    (root / "SegmentationClass").mkdir()
+    (root / "SegmentationClass" / "im0.npy").touch()
+    assert open_data("custom", root).labelled == ["im0", "im1", "im2", "im3"]
+
+
+def test_custom_without_val_list_keeps_a_seeded_tenth(tmp_path):
+    root = custom(tmp_path, images=40, masks=30, val=0)
+    found, again = open_data("custom", root), open_data("custom", root)
+    assert len(found.val) == 3 and found.val == again.val and "3 of the 30" in found.note
+    assert not set(found.val) & set(found.train) and len(found.train) == 37
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "CMYK", "LA", "1"])
+def test_photographs_of_every_mode_load_as_rgb(tmp_path, mode):
+    root = custom(tmp_path)
+    (root / "JPEGImages" / "im7.jpg").unlink()
+    suffix = ".jpg" if mode in ("RGB", "L", "CMYK") else ".png"
+    Image.fromarray(photograph()).convert(mode).save(root / "JPEGImages" / f"im7{suffix}")
+    found = open_data("custom", root)
+    draws = TrainingDraws(found, ["im0"], ["im7"], 2, 16, seed=0)
+    assert draws[0, 0]["weak"].shape == (3, 16, 16)
+
+
+def test_photographs_are_turned_upright_as_their_exif_says(tmp_path):
+    root = custom(tmp_path)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(photograph(height=16, width=12)).save(root / "JPEGImages" / "im0.jpg", exif=exif)
+    found = open_data("custom", root)
+    assert found.image("im0").size == (16, 12) and problems(found, found.labelled, []) == []
+    Image.fromarray(photograph()).save(root / "JPEGImages" / "im0.jpg", exif=exif)
+    assert "upright, as its EXIF says" in problems(found, found.labelled, [])[0]
+
+
+def test_the_blended_voc_partitions_are_a_rule():
+    # Every 16th, 8th, 4th, 2nd of 10,582 sorted ids, from the first: the numbers of Table 1.
+    ids = [f"{i:05d}" for i in range(10582)]
+    blended = data.SegmentationData([], [], {}, {}, ids, [], ids)
+    for split, count in zip(SPLITS, (662, 1323, 2646, 5291)):
+        labelled, unlabelled = split_ids(blended, "voc", split)
+        assert len(labelled) == count and labelled[:2] == [ids[0], ids[SPLITS[split]]]
+        assert sorted(labelled + unlabelled) == ids
+
+
+@pytest.mark.parametrize("dataset", DRAWN_SPLITS)
+def test_drawn_splits_are_nested_and_can_be_made_again(tmp_path, dataset):
+    data.draw_splits(tmp_path)
+    total, sizes = DRAWN_SPLITS[dataset]
+    smaller = []
+    for split, size in zip(SPLITS, sizes):
+        text = (HERE / "splits" / dataset / f"{split}.txt").read_text()
+        assert text == (tmp_path / dataset / f"{split}.txt").read_text() and text.startswith("# ")
+        positions = read_list(HERE / "splits" / dataset / f"{split}.txt")
+        assert len(positions) == size and positions[:len(smaller)] == smaller
+        assert all(0 <= int(p) < total for p in positions)
+        smaller = positions
+
+
+@pytest.mark.parametrize("text, ids", [
+    ("im1\nim2\n", ["im1", "im2"]),
+    ("JPEGImages/im1.jpg SegmentationClass/im1.png\r\nJPEGImages/im2.jpg SegmentationClass/im2.png  \r\n",
+     ["im1", "im2"]),
+    ("leftImg8bit/train/ulm/ulm_000000_000019_leftImg8bit.png\n", ["ulm_000000_000019"]),
+    ("leftImg8bit/train/ulm/ulm_0_1_leftImg8bit.png gtFine/train/ulm/ulm_0_1_gtFine_labelTrainIds.png",
+     ["ulm_0_1"]),
+    ("\ufeffIMG 1\n\n  IMG 2 \n", ["IMG 1", "IMG 2"]),
+    ("images\\im.3.JPG masks\\im.3.png\n# a comment\n", ["im.3"]),
+    ("../../etc/passwd\n", ["passwd"])])
+def test_lists_in_every_form_in_use(tmp_path, text, ids):
+    (tmp_path / "list.txt").write_bytes(text.encode())
+    assert read_list(tmp_path / "list.txt") == ids
+
+
+def test_a_published_list_is_taken_for_the_labelled_ids(tmp_path):
+    found = open_data("cityscapes", cityscapes(tmp_path / "data"))
+    (tmp_path / "list.txt").write_text(
+        "leftImg8bit/train/ulm/ulm_000001_000019_leftImg8bit.png gtFine/train/ulm/x.png\r\n")
+    labelled, unlabelled = split_ids(found, "cityscapes", str(tmp_path / "list.txt"))
+    assert labelled == ["ulm_000001_000019"] and len(unlabelled) == 3
+
+
+def test_shapes_are_the_same_every_time_and_differ_from_each_other():
+    shapes = Shapes()
+    assert len(shapes.train) == 400 and len(shapes.val) == 128
+    first = np.array(shapes.image("train_007"))
+    data.draw_shapes.cache_clear()
+    assert (first == np.array(shapes.image("train_007"))).all()
+    assert len({shapes.image(name).tobytes() for name in shapes.train + shapes.val}) == 528
+    labels = np.concatenate([np.unique(shapes.mask(name)) for name in shapes.train])
+    counts = np.bincount(labels)
+    assert len(counts) == len(shapes.classes) >= 6 and counts.min() > 40
+
+
+def draws(**options):
+    shapes = Shapes()
+    labelled, unlabelled = split_ids(shapes, "shapes", "1_16")
+    return TrainingDraws(shapes, **{"labelled": labelled, "unlabelled": unlabelled, "batch_size": 4,
+                                    "crop_size": 48, "seed": 3, **options})
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
+
+
+def test_batches_are_uint8_and_padding_is_marked():
+    batch = next(training_batches(draws(), range(4), 0, 1, workers=0))
+    assert {name: (t.dtype, tuple(t.shape)) for name, t in batch.items()} == {
+        "x": (torch.uint8, (4, 3, 48, 48)), "y": (torch.uint8, (4, 48, 48)),
+        "weak": (torch.uint8, (4, 3, 48, 48)), "strong": (torch.uint8, (4, 3, 48, 48)),
+        "valid": (torch.bool, (4, 48, 48))}
+    items = [draws(scale=(0.5, 0.5))[0, place] for place in range(4)]
+    for item in items:  # 64-pixel images at half size in a crop of 48
+        assert item["valid"][:32, :32].all() and item["valid"].sum() == 32 * 32
+        assert (item["y"][32:] == IGNORE).all() and (item["y"][:, 32:] == IGNORE).all()
+        assert (item["y"][:32, :32] != IGNORE).all()
+
+
+def test_draws_depend_on_seed_iteration_and_place_alone():
+    sequence = list(training_batches(draws(), range(4), 0, 6, workers=0))
+    with_workers = list(training_batches(draws(), range(4), 0, 6, workers=2))
+    assert all(same(a, b) for a, b in zip(sequence, with_workers))
+    resumed = list(training_batches(draws(), range(4), 4, 6, workers=0))
+    assert same(resumed[0], sequence[4]) and same(resumed[1], sequence[5])
+    ranks = [list(training_batches(draws(), places, 0, 6, workers=0))
+             for places in (range(0, 2), range(2, 4))]
+    for whole, *shares in zip(sequence, *ranks):
+        assert same(whole, {name: torch.cat([s[name] for s in shares]) for name in whole})
+    other = next(training_batches(draws(seed=4), range(4), 0, 1, workers=0))
+    assert not same(other, sequence[0])
+    assert not sequence[0]["weak"].equal(sequence[1]["weak"])
+
+
+def test_an_epoch_sees_every_unlabelled_image_once_and_labelled_ones_in_turn():
+    few = draws(labelled=["train_000", "train_016", "train_032"],
+                unlabelled=[f"train_{i:03d}" for i in range(1, 9)])
+    x, u = zip(*(few.ids(iteration) for iteration in range(6)))
+    u, x = sum(u, []), sum(x, [])
+    for epoch in range(3):
+        assert sorted(u[8 * epoch:8 * epoch + 8]) == few.unlabelled
+    assert u[:8] != u[8:16] != u[16:]
+    assert all(sorted(x[3 * i:3 * i + 3]) == few.labelled for i in range(8))
+
+
+def test_unlabelled_images_never_need_a_mask(tmp_path):
+    found = open_data("custom", custom(tmp_path))
+    labelled, unlabelled = split_ids(found, "custom", None)
+    assert not set(unlabelled) & found.masks.keys()
+    item = TrainingDraws(found, labelled, unlabelled, 2, 16, seed=0)[0, 0]
+    assert item["weak"].shape == (3, 16, 16)
+
+
+def test_normalize_by_hand():
+    pixel = torch.tensor([255, 0, 128], dtype=torch.uint8).reshape(1, 3, 1, 1)
+    expected = [(1 - 0.485) / 0.229, -0.456 / 0.224, (128 / 255 - 0.406) / 0.225]
+    assert normalize(pixel).flatten().tolist() == pytest.approx(expected)
+
+
+def test_masks_of_many_are_checked_where_they_are_read(tmp_path):
+    root = custom(tmp_path, masks=8)
+    save(root / "SegmentationClass" / "im1.png", np.full((12, 16), 9))
+    found = open_data("custom", root)
+    assert "im1.png" in problems(found, found.labelled, [])[0]
+    assert problems(found, found.labelled, [], contents=1) == []  # only the first one is read
+    with pytest.raises(InputError, match="im1.png: holds the ids 9, but there are 2 classes"):
+        TrainingDraws(found, ["im1"], [], 2, 16, seed=0)[0, 0]
+
+
+def report(*arguments):
+    return subprocess.run([sys.executable, HERE / "data.py", *map(str, arguments)],
+                          capture_output=True, text=True)
+
+
+def test_the_report_of_a_good_and_a_bad_folder(tmp_path):
+    root = custom(tmp_path)
+    good = report("--dataset", "custom", "--data-root", root)
+    assert good.returncode == 0 and "10 images, 6 masks" in good.stdout
+    assert "road" in good.stdout and "50.00%" in good.stdout and "--split 1_2" in good.stdout
+    save(root / "SegmentationClass" / "im1.png", photograph())
+    save(root / "SegmentationClass" / "im2.png", np.zeros((5, 5)))
+    bad = report("--dataset", "custom", "--data-root", root)
+    assert bad.returncode == 2 and "Traceback" not in bad.stderr
+    assert "im1.png: a colour image" in bad.stderr and "im2.png: 5 x 5 pixels" in bad.stderr
+
+
+@pytest.mark.skipif(not CAMVID.exists(), reason="the CamVid folder is not beside this checkout")
+def test_camvid_is_such_a_folder():
+    found = open_data("custom", CAMVID)
+    labelled, unlabelled = split_ids(found, "custom", "1_8")
+    assert (len(labelled), len(unlabelled), len(found.val)) == (46, 321, 101)
+    assert problems(found, labelled, unlabelled) == []

@@ -1,0 +1,220 @@
+"""Mean IoU, sliding windows, pictures, prediction."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.metrics import confusion_matrix as sklearn_confusion
+
+import evaluate
+from data import InputError, SegmentationData, Shapes
+from evaluate import (ValidationImages, colourize, confusion_matrix, load_checkpoint, mean_iou, panel,
+                      predict, predict_files, sliding_window, window_starts)
+
+
+def test_mean_iou_of_a_2x2_image():
+    # Truth 0 0 / 1 255, prediction 0 1 / 1 1: class 0 has 1 of 2 pixels, class 1 has 1 of 2, class 2
+    # occurs nowhere, and the ignored pixel counts nowhere.
+    truth, prediction = torch.tensor([[0, 0], [1, 255]]), torch.tensor([[0, 1], [1, 1]])
+    confusion = confusion_matrix(prediction, truth, 3)
+    assert confusion.tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 0]]
+    assert confusion.dtype == torch.int64
+    mean, iou = mean_iou(confusion)
+    assert mean == 0.5 and iou[:2].tolist() == [0.5, 0.5] and iou[2].isnan()
+
+
+def test_a_class_that_is_only_predicted_counts_as_zero():
+    confusion = confusion_matrix(torch.tensor([0, 2]), torch.tensor([0, 0]), 3)
+    assert mean_iou(confusion)[0] == pytest.approx((0.5 + 0) / 2)
+
+
+def test_confusion_matrix_against_scikit_learn():
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randint(0, 7, (50, 60), generator=generator, dtype=torch.uint8)
+    truth[truth == 6] = 255
+    prediction = torch.randint(0, 6, (50, 60), generator=generator, dtype=torch.uint8)
+    seen = truth != 255
+    np.testing.assert_array_equal(confusion_matrix(prediction, truth, 6),
+                                  sklearn_confusion(truth[seen], prediction[seen], labels=range(6)))
+
+
+def test_a_confusion_matrix_counts_beyond_float32():
+    confusion = torch.full((2, 2), 2 ** 24, dtype=torch.int64)
+    confusion += confusion_matrix(torch.tensor([0]), torch.tensor([0]), 2)
+    assert confusion[0, 0] == 2 ** 24 + 1
+
+
+class Brightness(torch.nn.Module):
+    """A pixel is of class 1 if its red is above the mean: exact, whatever the window."""
+    def forward(self, images):
+        return torch.stack([-images[:, 0], images[:, 0]], dim=1)
+
+
+class Corner(torch.nn.Module):
+    """Scores that depend on where in its window a pixel stands, so that overlaps matter."""
+    def forward(self, images):
+        B, _, H, W = images.shape
+        ramp = torch.linspace(-2, 2, H)[:, None] + torch.linspace(-1, 1, W)
+        return torch.stack([images[:, 0], images[:, 1] + ramp, images[:, 2] - ramp], dim=1)
+
+
+@pytest.mark.parametrize("length, starts", [
+    (1024, [0, 255]), (2048, [0, 513, 1026, 1279]), (769, [0]), (500, [0]), (770, [0, 1])])
+def test_windows_of_769_at_two_thirds_stride(length, starts):
+    assert window_starts(length, 769) == starts
+
+
+@pytest.mark.parametrize("height, width", [(30, 47), (9, 40), (40, 9), (64, 64)])
+def test_sliding_windows_against_a_slow_version(height, width):
+    image = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0))
+    scores = torch.zeros(3, height, width)
+    counts = torch.zeros(height, width)
+    for top in window_starts(height, 16):
+        for left in window_starts(width, 16):
+            place = slice(top, top + 16), slice(left, left + 16)
+            scores[:, *place] += Corner()(image[:, :, *place])[0].softmax(0)
+            counts[place] += 1
+    assert counts.min() >= 1
+    expected = (scores / counts).argmax(0)
+    assert sliding_window(Corner(), image, 16, (height, width)).equal(expected.to(torch.uint8))
+
+
+def test_predict_gives_the_images_own_size():
+    image = (torch.rand(3, 50, 70, generator=torch.Generator().manual_seed(0)) * 255).to(torch.uint8)
+    expected = (image[0] / 255 > 0.485).to(torch.uint8)
+    assert predict(Brightness(), image).equal(expected)
+    assert predict(Brightness(), image, window=32).equal(expected)
+    assert predict(Brightness(), image, max_side=35).shape == (50, 70)
+    assert predict(Brightness(), image, window=16, max_side=35).shape == (50, 70)
+
+
+def test_a_large_image_goes_through_windows_by_itself(monkeypatch):
+    sizes = []
+    class Spy(Brightness):
+        def forward(self, images):
+            sizes.append(images.shape[-2:])
+            return super().forward(images)
+    image = torch.zeros(3, 1500, 1600, dtype=torch.uint8)
+    assert predict(Spy(), image).shape == (1500, 1600)
+    assert max(sizes) <= (769, 769)
+
+
+class Truth(torch.nn.Module):
+    """Predicts by the brightness that `tiny_data` gave each class."""
+    def forward(self, images):
+        red = images[:, :1] * 0.229 + 0.485
+        return -(red - torch.tensor([0.0, 0.5, 1.0])[:, None, None]).abs()
+
+
+def tiny_data(tmp_path, count=5):
+    names, rng = [f"im{i}" for i in range(count)], np.random.default_rng(0)
+    for i, name in enumerate(names):
+        labels = rng.integers(0, 3, (8 + i, 10)).astype(np.uint8)
+        Image.fromarray(np.repeat((labels * 127.5)[..., None], 3, 2).astype(np.uint8)).save(
+            tmp_path / f"{name}.bmp")
+        Image.fromarray(labels).save(tmp_path / f"{name}.png")
+    return SegmentationData(["a", "b", "c"], [(0, 0, 0), (255, 0, 0), (0, 255, 0)],
+                            {n: tmp_path / f"{n}.bmp" for n in names},
+                            {n: tmp_path / f"{n}.png" for n in names}, [], names, [])
+
+
+def test_evaluate_counts_every_pixel_once_and_keeps_the_networks_mode(tmp_path):
+    data, network = tiny_data(tmp_path), Truth().train()
+    confusion, = evaluate.evaluate([network], data, torch.device("cpu"))
+    assert confusion.sum() == sum(10 * (8 + i) for i in range(5))
+    assert mean_iou(confusion)[0] == 1 and network.training
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_every_image_counts_once_on_any_number_of_ranks(tmp_path, monkeypatch, world):
+    # Five images on 2, 3 or 4 ranks: the ranks' own matrices must add up to the whole.
+    data = tiny_data(tmp_path)
+    whole, = evaluate.evaluate([Truth()], data, torch.device("cpu"))
+    monkeypatch.setattr(evaluate.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(evaluate.dist, "get_world_size", lambda: world)
+    monkeypatch.setattr(evaluate.dist, "all_reduce", lambda tensor: None)
+    parts = []
+    for rank in range(world):
+        monkeypatch.setattr(evaluate.dist, "get_rank", lambda rank=rank: rank)
+        parts += evaluate.evaluate([Truth()], data, torch.device("cpu"))
+    assert sum(parts).equal(whole)
+
+
+def test_colourize_and_panel():
+    labels = torch.tensor([[0, 1], [2, 255]], dtype=torch.uint8)
+    picture = colourize(labels, [(1, 2, 3), (4, 5, 6), (7, 8, 9)])
+    assert np.array(picture).tolist() == labels.tolist()  # still an index image
+    assert np.array(picture.convert("RGB"))[1].tolist() == [[7, 8, 9], [255, 255, 255]]
+    row = panel(torch.zeros(3, 2, 2, dtype=torch.uint8), labels, labels, palette=[(9, 9, 9)] * 3)
+    assert row.size == (2 * 3 + 4 * 2, 2) and row.getpixel((6, 0)) == (9, 9, 9)
+
+
+def test_predict_files_writes_maps_at_the_photographs_own_upright_size(tmp_path, capsys):
+    inputs, out = tmp_path / "in", tmp_path / "out"
+    inputs.mkdir()
+    tall = Image.new("RGB", (20, 30), "white")
+    tall.paste("black", (0, 0, 20, 15))
+    tall.transpose(Image.Transpose.ROTATE_90).save(inputs / "phone.jpg", exif=orientation(6), quality=95)
+    tall.save(inputs / "plain.png")
+    (inputs / "broken.jpg").write_bytes((inputs / "phone.jpg").read_bytes()[:300])
+    (inputs / "notes.txt").write_text("not a photograph")
+    state = {"settings": {"window": None, "image_size": None}, "classes": ["dark", "bright"],
+             "palette": [(0, 0, 0), (255, 0, 0)]}
+    assert predict_files(Brightness(), state, [inputs], out, torch.device("cpu")) == 1
+    captured = capsys.readouterr()
+    assert "broken.jpg" in captured.err and "3/3 photographs, 1 skipped" in captured.out
+    for name in ("phone", "plain"):
+        labels = Image.open(out / f"{name}.png")
+        assert labels.mode == "P" and labels.size == (20, 30)
+        assert np.array(labels)[:14].max() == 0 and np.array(labels)[17:].min() == 1
+        assert Image.open(out / f"{name}_overlay.png").height > 30  # the legend is below
+
+
+def orientation(value):
+    exif = Image.Exif()
+    exif[0x0112] = value
+    return exif
+
+
+def test_predict_files_never_overwrites_a_photograph_or_another_result(tmp_path, capsys):
+    (tmp_path / "a").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a" / "x.png")
+    before = (tmp_path / "x.png").read_bytes()
+    state = {"settings": {"window": None, "image_size": None}, "classes": ["dark", "bright"],
+             "palette": [(0, 0, 0), (255, 0, 0)]}
+    device = torch.device("cpu")
+    assert predict_files(Brightness(), state, [tmp_path / "x.png"], tmp_path, device) == 1
+    assert (tmp_path / "x.png").read_bytes() == before
+    both = [tmp_path / "x.png", tmp_path / "a" / "x.png"]
+    assert predict_files(Brightness(), state, both, tmp_path / "out", device) == 1
+    assert "give another --out" in capsys.readouterr().err
+
+
+def test_a_truncated_validation_image_is_named(tmp_path):
+    data = tiny_data(tmp_path)
+    path = tmp_path / "im2.bmp"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(InputError, match="im2.bmp"):
+        ValidationImages(data, data.val)[2]
+
+
+def test_checkpoints_that_are_none(tmp_path):
+    (tmp_path / "text.pth").write_text("hello")
+    torch.save({"student": 1}, tmp_path / "other.pth")
+    class Code:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+    torch.save({"settings": Code()}, tmp_path / "code.pth")
+    for name, message in (("absent.pth", "no such checkpoint"), ("text.pth", "weights_only"),
+                          ("other.pth", "not a checkpoint"), ("code.pth", "weights_only")):
+        with pytest.raises(InputError, match=message):
+            load_checkpoint(tmp_path / name)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_panels_of_the_embedded_data_set_show_its_truth():
+    data = Shapes()
+    (name, picture), = evaluate.panels([], data, ["val_000"], torch.device("cpu"))
+    truth = np.array(colourize(np.array(data.mask("val_000")), data.palette).convert("RGB"))
+    assert (np.array(picture)[:, 68:132] == truth).all()
