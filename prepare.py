@@ -85,7 +85,7 @@ def make_blended_masks(voc, root, loadmat):
             raise InputError(unreadable(path, error)) from None
         if labels.ndim != 2 or ((labels > 20) & (labels != IGNORE)).any():
             raise InputError(f"{path}: not a map of VOC's 21 classes; replace it, and {AGAIN}")
-        write_png(labels, voc_palette(256), part / f"{name}.png")
+        write_png(labels, voc_palette(21), part / f"{name}.png")
         if number % 1000 == 0:
             print(f"{part}: {number} of {len(ids)} masks", flush=True)
     os.replace(part, voc / "SegmentationClassAug")
@@ -94,8 +94,8 @@ def make_blended_masks(voc, root, loadmat):
 def demand(folder, files):
     missing = [file for file in files if not (folder / file).is_file()]
     if missing:
-        raise InputError(f"{folder}: incomplete, without {short_list(missing)}; complete it, or move "
-                         f"it away, and {AGAIN}")
+        raise InputError(f"{folder}: incomplete, without {short_list(missing)}; complete it, or "
+                         f"move it away, and {AGAIN}")
 
 
 def demand_count(ids, source):
@@ -135,8 +135,8 @@ def fetch(url, archive, md5):
         return
     print(f"{url} -> {archive}", flush=True)
     remedy = f"{AGAIN}, or bring the file from elsewhere to {archive}"
-    socket.setdefaulttimeout(TIMEOUT)  # urllib alone would wait for ever
     try:
+        socket.setdefaulttimeout(TIMEOUT)  # urllib alone would wait for ever
         download_url(url, archive.parent.absolute(), f"{archive.name}.part", md5)
         os.replace(f"{archive}.part", archive)
     except (OSError, HTTPException, RecursionError) as error:  # the last: redirects without end
@@ -144,6 +144,8 @@ def fetch(url, archive, md5):
     except RuntimeError:  # the checksum
         raise InputError(f"{archive}: truncated, or another file, as {url} gave it (its md5 is not "
                          f"{md5}); {remedy}") from None
+    finally:
+        socket.setdefaulttimeout(None)
 
 
 def convert_colour_masks(root):
@@ -209,15 +211,15 @@ def read_label_map(path):
     entries = [re.match(r"(.+?):(\d+),(\d+),(\d+)(:|\s*$)", line)
                for line in lines if not line.startswith("#")]
     colours = [tuple(map(int, entry.groups()[1:4])) for entry in entries if entry]
-    if (not 0 < len(set(colours)) == len(entries) <= IGNORE
-            or max(map(max, colours)) > 255):
-        raise InputError(f"{path}: not 1 to 255 lines of label:r,g,b:parts:actions, each with a colour "
-                         f"of its own; mend it, and {AGAIN}")
+    if not 0 < len(set(colours)) == len(entries) <= IGNORE or max(map(max, colours)) > 255:
+        raise InputError(f"{path}: not 1 to 255 lines of label:r,g,b:parts:actions, each of its "
+                         f"own colour; mend it, and {AGAIN}")
     return [entry[1].strip() for entry in entries], np.array(colours)
 
 
 def write_png(labels, colours, path):
     """Write (H, W) ids as an index PNG, which has another name until it is complete."""
+    colours = [*colours, *voc_palette(256)[len(colours):]]  # given fewer, Pillow cuts 255 short
     picture = Image.fromarray(labels.astype(np.uint8))
     picture.putpalette(np.array(colours, np.uint8).tobytes())
     picture.save(path.with_suffix(".part"), "PNG")

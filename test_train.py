@@ -303,3 +303,201 @@ def test_pairs_coin_and_boxes_are_the_global_batchs_on_any_number_of_ranks(tmp_p
             assert torch.cat([s[iteration][0] for s in shares]).equal(images)
             assert torch.cat([s[iteration][1] for s in shares]).equal(labels)
             assert all(s[iteration][2] == fired for s in shares)
+
+
+# The real command. TINY on the embedded data set takes seconds.
+
+def launch(*flags, ranks=None, script="train.py", **options):
+    """Run the real command, under torchrun if `ranks` is given."""
+    starter = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               f"--nproc-per-node={ranks}"] if ranks else [sys.executable]
+    return subprocess.run([*starter, str(HERE / script), *map(str, flags)], capture_output=True,
+                          text=True, timeout=300, cwd=HERE,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
+
+
+def lines(out, name="metrics.jsonl"):
+    """The records of a run without what the clock gave."""
+    records = [json.loads(line) for line in (Path(out) / name).read_text().splitlines()]
+    return [{k: v for k, v in record.items() if k != "images_per_second"} for record in records]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of the real command, 6 iterations, on one process."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    result = launch(*TINY, "--iters", 6, "--out", out)
+    assert result.returncode == 0, result.stderr
+    return out, result
+
+
+def test_the_command_trains_validates_and_leaves_its_results(finished):
+    out, result = finished
+    assert {p.name for p in out.iterdir() if p.is_file()} == {
+        "best.pth", "hardness.csv", "labelled.txt", "last.pth", "lock", "metrics.jsonl",
+        "predictions.png", "result.txt", "settings.json", "unlabelled.txt"}
+    records = lines(out)
+    assert [r["iteration"] for r in records] == [2, 4, 6, 6]
+    assert set(METRICS) <= records[0].keys() and {"miou_teacher", "miou_student"} <= records[-1].keys()
+    assert "background" in result.stdout and "The result is the last iteration's" in result.stdout
+    assert all(len(line) <= 100 for line in result.stdout.splitlines() if str(out) not in line)
+    hardness = [line.split(",") for line in (out / "hardness.csv").read_text().splitlines()]
+    assert len(hardness) == 6 * 4 and all(0 <= float(gamma) <= 1 for *_, gamma in hardness)
+    labelled = (out / "labelled.txt").read_text().split()
+    unlabelled = (out / "unlabelled.txt").read_text().split()
+    assert len(labelled) == 25 and not set(labelled) & set(unlabelled)
+    assert {name for _, name, _ in hardness} <= set(unlabelled)
+    assert json.loads((out / "settings.json").read_text())["tau"] == 0.3
+
+
+def test_evaluate_repeats_the_result_from_the_checkpoint_alone(finished, tmp_path):
+    out, result = finished
+    moved = shutil.copy(out / "last.pth", tmp_path / "given-away.pth")
+    for flags, column in (([], 0), (["--student"], 1)):
+        again = launch(moved, *flags, "--pictures", tmp_path / "pictures", script="evaluate.py")
+        assert again.returncode == 0, again.stderr
+        mean = lambda text: re.search(r"mean IoU +(.*)", text)[1].split()
+        assert mean(again.stdout)[0] == mean(result.stdout)[column]
+    assert len(list((tmp_path / "pictures").glob("val_*.png"))) == 128
+    two = launch(moved, ranks=2, script="evaluate.py")
+    assert mean(two.stdout)[0] == mean(result.stdout)[0]
+
+
+def test_the_same_command_again_reports_the_finished_run(finished):
+    out, result = finished
+    before = (out / "last.pth").stat().st_mtime_ns
+    again = launch(*TINY, "--iters", 6, "--out", out)
+    assert again.returncode == 0 and again.stdout.splitlines()[-5:] == result.stdout.splitlines()[-5:]
+    assert (out / "last.pth").stat().st_mtime_ns == before
+
+
+FROZEN = """
+import sys; sys.path.insert(0, {here!r})
+from torch import nn
+nn.modules.batchnorm._BatchNorm.train = lambda self, mode=True: nn.Module.train(self, False)
+import train; train.main()
+"""
+
+
+def test_nothing_depends_on_ranks_workers_or_accumulation(tmp_path):
+    # With BatchNorm in evaluation mode: its own statistics are those of a rank's share on a CPU.
+    script = tmp_path / "frozen.py"
+    script.write_text(FROZEN.format(here=str(HERE)))
+    run = lambda name, *flags, **options: launch(
+        *TINY, "--iters", 4, "--out", tmp_path / name, "--log-every", 1, "--lr", 0.001, *flags,
+        script=script, **options)
+    for name, flags, ranks in (("one", [], None), ("two", [], 2), ("four", [], 4),
+                               ("workers", ["--workers", 2], None), ("parts", ["--accumulate", 2], None),
+                               ("parts2", ["--accumulate", 2], 2)):
+        result = run(name, *flags, ranks=ranks)
+        assert result.returncode == 0, result.stderr
+    table = lambda name: [line.rsplit(",", 1) for line in
+                          (tmp_path / name / "hardness.csv").read_text().splitlines()]
+    for name in ("two", "four", "workers", "parts", "parts2"):
+        assert [place for place, _ in table(name)] == [place for place, _ in table("one")]
+        np.testing.assert_allclose([float(gamma) for _, gamma in table(name)],
+                                   [float(gamma) for _, gamma in table("one")], atol=2e-4)
+        for ours, theirs in zip(lines(tmp_path / name), lines(tmp_path / "one")):
+            assert ours == pytest.approx(theirs, rel=2e-3, abs=1e-5)
+    assert lines(tmp_path / "workers") == lines(tmp_path / "one")
+
+
+# Nothing is lost.
+
+def run_main(argv):
+    torch.set_num_threads(1)
+    os.setpgrp()
+    train.main(argv)
+
+
+def start(argv):
+    """train.main in a process of its own, forked from one that has imported torch already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train"])
+    process = context.Process(target=run_main, args=([str(a) for a in argv],))
+    process.start()
+    return process
+
+
+def state_of(out):
+    state = torch.load(out / "last.pth", weights_only=True)
+    tensors = {f"{part}.{name}": t for part in ("student", "teacher") for name, t in state[part].items()}
+    tensors |= {f"momentum.{i}": s["momentum_buffer"] for i, s in state["optimizer"]["state"].items()}
+    return tensors | {"best": torch.tensor(state["best"]["miou"])}
+
+
+@pytest.mark.parametrize("flags", [[], ["--supervised"], ["--workers", "2"],
+                                   ["--supervised", "--workers", "2"]])
+def test_a_run_killed_at_random_moments_ends_in_the_same_bits(tmp_path, flags):
+    # Every other iteration is saved, so about half of the kills hit a checkpoint being written.
+    arguments = [*TINY, "--iters", 20, "--checkpoint-every", 2, "--log-every", 3, *flags]
+    whole = start([*arguments, "--out", tmp_path / "whole"])
+    whole.join(120)
+    assert whole.exitcode == 0
+    rng, kills = random.Random(str(flags)), 0
+    out = tmp_path / "killed"
+    while kills < 10:
+        process = start([*arguments, "--out", out])
+        process.join(rng.uniform(0.5, 1.6))
+        if process.exitcode == 0:  # finished too early: begin again
+            shutil.rmtree(out)
+            continue
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        kills += 1
+    process = start([*arguments, "--out", out])
+    process.join(120)
+    assert process.exitcode == 0
+    expected, found = state_of(tmp_path / "whole"), state_of(out)
+    assert expected.keys() == found.keys()
+    assert all(expected[name].equal(found[name]) for name in expected)
+    assert lines(out) == lines(tmp_path / "whole")
+    if not any("supervised" in flag for flag in flags):
+        assert (out / "hardness.csv").read_text() == (tmp_path / "whole" / "hardness.csv").read_text()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("ranks", [None, 2])
+def test_a_signal_saves_and_says_how_to_go_on(tmp_path, signum, ranks):
+    out = tmp_path / "out"
+    starter = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if ranks else []
+    process = subprocess.Popen([sys.executable, *starter, str(HERE / "train.py"), *TINY, "--iters",
+                                "500", "--out", str(out)], stderr=subprocess.PIPE, text=True, cwd=HERE,
+                               stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    while not (out / "metrics.jsonl").exists():
+        time.sleep(0.1)
+        assert process.poll() is None
+    process.send_signal(signum)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    said = [line for line in errors.splitlines() if line.startswith("train.py: ")]
+    assert len(said) == 1 and "the same command goes on" in said[0]
+    iteration = torch.load(out / "last.pth", weights_only=True)["iteration"]
+    assert f"saved iteration {iteration}" in said[0]
+
+
+def test_a_full_disk_ends_the_run_with_one_line_and_keeps_the_checkpoint(tmp_path):
+    out = tmp_path / "out"
+    assert launch(*TINY, "--iters", 4, "--checkpoint-every", 2, "--out", out).returncode == 0
+    state = torch.load(out / "last.pth", weights_only=True)
+    before = (out / "last.pth").read_bytes()
+    (out / "settings.json").write_text((out / "settings.json").read_text().replace(
+        '"iters": 4', '"iters": 8'))
+    # /dev/full refuses every byte, as a full disk does.
+    (out / "last.pth.tmp").symlink_to("/dev/full")
+    result = launch(*TINY, "--iters", 8, "--checkpoint-every", 2, "--out", out)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "No space left on device" in result.stderr and "last.pth" in result.stderr
+    assert (out / "last.pth").read_bytes() == before and state["iteration"] == 4
+
+
+def test_two_live_runs_cannot_share_a_folder(tmp_path):
+    out = tmp_path / "out"
+    process = start([*TINY, "--iters", 500, "--out", out])
+    while not (out / "metrics.jsonl").exists():
+        time.sleep(0.1)
+        assert process.is_alive()
+    second = launch(*TINY, "--iters", 500, "--out", out)
+    assert second.returncode == 2 and "another live run" in second.stderr
+    process.kill()
+    process.join()

@@ -381,8 +381,9 @@ def train(args, device):
     # The run's folder, and where it stopped.
     run = together(Run, args, data, draws)
     say(f"{args.dataset}: {len(labelled)} labelled, {len(draws.unlabelled)} unlabelled and "
-        f"{len(data.val)} validation images, {len(data.classes)} classes; {args.iters} iterations on "
-        f"{world_size()} x {device.type}; writes {args.out}" + (f"\n{data.note}" if data.note else ""))
+        f"{len(data.val)} validation images, {len(data.classes)} classes"
+        + (f"\n{data.note}" if data.note else "")
+        + f"\n{args.iters} iterations on {world_size()} x {device.type}, into {args.out}")
     start = run.resume(network, teacher, optimizer)
     share = args.batch_size // world_size()
     places = range(rank() * share, (rank() + 1) * share)
@@ -568,11 +569,14 @@ class Run:
         if now - self.printed > 4 or done == self.args.iters:
             self.printed, left = now, timedelta(seconds=round((self.args.iters - done) / rate))
             hardness = "" if self.args.supervised else (
-                f"L_u {values['loss_u']:.3f}  gamma {values['hardness_mean']:.2f} "
-                f"+-{values['hardness_std']:.2f}  confident {values['confident']:4.0%}  "
-                f"cutmix {values['cutmix']:4.0%}  ")
-            say(f"{done:6d}/{self.args.iters}  L_x {values['loss_x']:.3f}  {hardness}"
-                f"lr {record['lr']:.4f}  {record['images_per_second']:.1f}/s  {left} left")
+                f"  L_u {values['loss_u']:.3f}  gamma {values['hardness_mean']:.2f}\u00b1"
+                f"{values['hardness_std']:.2f}  conf {values['confident']:4.0%}  "
+                f"cutmix {values['cutmix']:4.0%}")
+            say(f"{self.place(done)}  L_x {values['loss_x']:.3f}{hardness}  lr {record['lr']:.4f}  "
+                f"{record['images_per_second']:.1f}/s  {left}")
+
+    def place(self, done):
+        return f"{done:{len(str(self.args.iters))}}/{self.args.iters}"
 
     def save(self, name, done, student, teacher, optimizer=None):
         """Write a checkpoint to a temporary file and move it, so that `name` is always a whole one."""
@@ -613,14 +617,14 @@ class Run:
             self.best = {"miou": miou[0], "iteration": done}
             together(self.save, "best.pth", done, student, teacher)
         together(self.append, "metrics.jsonl", json.dumps(record) + "\n")
-        say(f"{done:6d}/{self.args.iters}  mIoU of the teacher on val {miou[0]:6.2%}")
+        say(f"{self.place(done)}  mIoU of the teacher on val {miou[0]:.2%}")
         if self.board:
             self.board.add_scalar("miou_teacher", miou[0], done)
         self.clock = time.time(), done
         if finished and rank() == 0:
             table = iou_table(self.data.classes, {"teacher": confusions[0], "student": confusions[1]})
-            text = (f"{table}\nThe result is the last iteration's. The best validation was the one "
-                    f"after iteration {self.best['iteration']}: teacher {self.best['miou']:.2%}.\n")
+            text = (f"{table}\nThe result is the last iteration's. The teacher's best on val was "
+                    f"{self.best['miou']:.2%}, after {self.best['iteration']}.\n")
             (self.folder / "result.txt").write_text(text)
             stack([picture for _, picture in panels([teacher], self.data, self.data.val[:8], device,
                                                     self.args.window, self.args.image_size)],

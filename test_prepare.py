@@ -1,0 +1,506 @@
+"""Real archives from a server on this machine, and masks in colour as CVAT exports them."""
+
+import functools
+import hashlib
+import http.server
+import io
+import shutil
+import socket
+import sys
+import tarfile
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+from torchvision.datasets import SBDataset
+from torchvision.datasets.voc import DATASET_YEAR_DICT
+
+import data
+import prepare
+
+scipy_io = pytest.importorskip("scipy.io", reason="SBD's masks are .mat files")
+
+TRAIN, VAL = ["both", "voc_only"], ["val_voc", "val_both"]
+SBD = {"train": ["both", "sbd_1", "val_both"], "val": ["sbd_2"]}
+BLENDED = ["both", "sbd_1", "sbd_2", "voc_only"]
+
+
+def labels_of(name, source):
+    """A (12, 16) map of VOC's classes, another for each id and source; VOC's has void in it."""
+    seed = int.from_bytes(f"{source} {name}".encode(), "big")
+    labels = np.random.default_rng(seed).integers(0, 21, (12, 16), dtype=np.uint8)
+    labels[0] = 255 if source == "voc" else 0
+    return labels
+
+
+def index_png(labels, path):
+    picture = Image.fromarray(labels)
+    picture.putpalette(np.array(data.voc_palette(256), np.uint8).tobytes())
+    picture.save(path)
+
+
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory):
+    """VOC's .tar and SBD's .tgz: the published layout, with six photographs."""
+    tree = tmp_path_factory.mktemp("tree")
+    voc, sbd = tree / "VOCdevkit" / "VOC2012", tree / "benchmark_RELEASE" / "dataset"
+    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (voc / folder).mkdir(parents=True)
+    for folder in ("img", "cls"):
+        (sbd / folder).mkdir(parents=True)
+    for name in {*TRAIN, *VAL, *SBD["train"], *SBD["val"]}:
+        Image.new("RGB", (16, 12), (90, 120, 30)).save(voc / "JPEGImages" / f"{name}.jpg")
+    for name in TRAIN + VAL:
+        index_png(labels_of(name, "voc"), voc / "SegmentationClass" / f"{name}.png")
+    for part, names in {"train": TRAIN, "val": VAL, "trainval": TRAIN + VAL}.items():
+        (voc / "ImageSets" / "Segmentation" / f"{part}.txt").write_text("\n".join(names) + "\n")
+    for part, names in SBD.items():
+        (sbd / f"{part}.txt").write_text("\n".join(names) + "\n")
+        for name in names:
+            shutil.copy(voc / "JPEGImages" / f"{name}.jpg", sbd / "img")
+            scipy_io.savemat(sbd / "cls" / f"{name}.mat", {"GTcls": {
+                "Segmentation": labels_of(name, "sbd"), "Boundaries": np.zeros((20, 1), object),
+                "CategoriesPresent": np.array([[1], [2]])}})
+    packed = tmp_path_factory.mktemp("packed")
+    with tarfile.open(packed / "voc.tar", "w") as tar:
+        tar.add(tree / "VOCdevkit", "VOCdevkit")
+    with tarfile.open(packed / "sbd.tgz", "w:gz") as tar:
+        tar.add(tree / "benchmark_RELEASE", "benchmark_RELEASE")
+    return packed
+
+
+@pytest.fixture
+def server(archives, tmp_path, monkeypatch):
+    """Serves copies of the archives in `folder`; `requests` lists the paths it was asked for."""
+    folder, requests = tmp_path / "served", []
+    shutil.copytree(archives, folder)
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            requests.append(self.path)
+
+    with http.server.ThreadingHTTPServer(
+            ("127.0.0.1", 0), functools.partial(Handler, directory=folder)) as httpd:
+        httpd.handle_error = lambda *args: None  # torchvision hangs up on its first request
+        httpd.folder, httpd.requests = folder, requests
+        httpd.address = f"http://127.0.0.1:{httpd.server_port}"
+        threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
+        publish(folder, httpd.address, monkeypatch)
+        monkeypatch.setattr(prepare, "TRAINING_IDS", len(BLENDED))
+        monkeypatch.setenv("no_proxy", "*")
+        yield httpd
+        httpd.shutdown()
+
+
+def publish(folder, address, monkeypatch):
+    """Let torchvision name `address`, and the checksums of what is in `folder` now."""
+    def published(name):
+        md5 = hashlib.md5((folder / name).read_bytes()).hexdigest()
+        return {"url": f"{address}/{name}", "filename": name, "md5": md5}
+    monkeypatch.setitem(DATASET_YEAR_DICT, "2012", DATASET_YEAR_DICT["2012"] | published("voc.tar"))
+    for key, value in published("sbd.tgz").items():
+        monkeypatch.setattr(SBDataset, key, value)
+
+
+def refused(root, *words):
+    """download_voc(root) must raise one line of InputError with all of the words in it."""
+    with pytest.raises(data.InputError) as caught:
+        prepare.download_voc(root)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert str(word) in message
+
+
+def check_prepared(root):
+    """What every path must end in: the four masks, VOC's own first, and no unfinished thing."""
+    voc = data.open_data("voc", root)
+    assert voc.train == voc.labelled == BLENDED and voc.val == VAL
+    made = data.stems(root / "VOCdevkit" / "VOC2012" / "SegmentationClassAug")
+    assert sorted(made) == BLENDED
+    for name, path in made.items():
+        expected = labels_of(name, "voc" if name in TRAIN else "sbd")
+        with Image.open(path) as picture:
+            assert picture.mode == "P" and np.array_equal(picture, expected), name
+            assert picture.getpalette()[:6] == [0, 0, 0, 128, 0, 0]
+    assert data.problems(voc, voc.train, []) == []
+    assert data.open_data("voc_classic", root).labelled == TRAIN
+    assert not list(root.rglob("*.part"))
+
+
+def test_download_makes_the_blended_set(server, tmp_path, capsys):
+    root = tmp_path / "data" / "voc"
+    prepare.download_voc(root)
+    check_prepared(root)
+    assert "SegmentationClassAug: 4 training ids" in capsys.readouterr().out
+    assert set(server.requests) == {"/voc.tar", "/sbd.tgz"}
+
+
+def test_a_second_run_fetches_and_writes_nothing(server, tmp_path):
+    prepare.download_voc(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    server.requests.clear()
+    prepare.download_voc(tmp_path)
+    assert server.requests == []
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_archives_brought_by_hand_are_used(server, tmp_path):
+    root = tmp_path / "data"
+    shutil.copytree(server.folder, root)
+    prepare.download_voc(root)
+    check_prepared(root)
+    assert server.requests == []
+
+
+@pytest.mark.parametrize("name", ["voc.tar", "voc.tar.part", "sbd.tgz", "sbd.tgz.part"])
+def test_half_an_archive_is_fetched_again(server, tmp_path, name):
+    whole = (server.folder / name.removesuffix(".part")).read_bytes()
+    root = tmp_path / "data"
+    root.mkdir()
+    (root / name).write_bytes(whole[:len(whole) // 2])
+    prepare.download_voc(root)
+    check_prepared(root)
+
+
+def stop_after(monkeypatch, owner, name, calls):
+    """Let owner.name be interrupted in its call number `calls` + 1, as by Ctrl-C."""
+    original, count = getattr(owner, name), iter(range(calls))
+
+    def interrupted(*args, **kwargs):
+        if next(count, None) is None:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+    monkeypatch.setattr(owner, name, interrupted)
+
+
+@pytest.mark.parametrize("calls", [0, 1, 5, 17])
+def test_stopped_while_unpacking_it_goes_on(server, tmp_path, calls):
+    root = tmp_path / "data"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after(patch, tarfile.TarFile, "makefile", calls)
+        prepare.download_voc(root)
+    with pytest.raises(data.InputError):
+        data.open_data("voc", root)
+    arrived = list(root.glob("*.t*"))
+    server.requests.clear()
+    prepare.download_voc(root)
+    check_prepared(root)
+    assert not {f"/{path.name}" for path in arrived} & set(server.requests)
+
+
+@pytest.mark.parametrize("calls", range(len(BLENDED)))
+def test_stopped_while_writing_a_mask_it_goes_on(server, tmp_path, calls):
+    """Half of the PNG's bytes are on the disk when the interruption comes."""
+    root = tmp_path / "data"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        save, count = Image.Image.save, iter(range(calls))
+
+        def half_saved(picture, path, *args):
+            save(picture, path, *args)
+            if next(count, None) is None:
+                path.write_bytes(path.read_bytes()[:80])
+                raise KeyboardInterrupt
+        patch.setattr(Image.Image, "save", half_saved)
+        prepare.download_voc(root)
+    with pytest.raises(data.InputError, match="SegmentationClassAug"):
+        data.open_data("voc", root)
+    written = {path: path.stat().st_mtime_ns
+               for path in (root / "VOCdevkit/VOC2012/SegmentationClassAug.part").glob("*.png")}
+    assert len(written) == calls
+    server.requests.clear()
+    prepare.download_voc(root)
+    check_prepared(root)
+    assert server.requests == []
+    for path, time in written.items():
+        assert (path.parents[1] / "SegmentationClassAug" / path.name).stat().st_mtime_ns == time
+
+
+def test_the_users_own_voc_is_used_and_kept(server, tmp_path):
+    """Nothing but SBD is fetched, and every file of the VOC 2012 that was there is as it was."""
+    root = tmp_path / "data"
+    with tarfile.open(server.folder / "voc.tar") as tar:
+        tar.extractall(root)
+    (root / "VOCdevkit" / "VOC2012" / "mine.txt").write_text("notes")
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    prepare.download_voc(root / "VOCdevkit")
+    check_prepared(root)
+    assert set(server.requests) == {"/sbd.tgz"}
+    assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.parametrize("lost", ["ImageSets/Segmentation/val.txt", "SegmentationClass/both.png",
+                                  "JPEGImages/sbd_1.jpg"])
+def test_an_incomplete_voc_is_named_and_left_alone(server, tmp_path, lost):
+    with tarfile.open(server.folder / "voc.tar") as tar:
+        tar.extractall(tmp_path)
+    (tmp_path / "VOCdevkit/VOC2012" / lost).unlink()
+    refused(tmp_path, "VOC2012: incomplete", lost, "run the same command again")
+    assert (tmp_path / "VOCdevkit/VOC2012/SegmentationClass/voc_only.png").exists()
+
+
+def test_an_incomplete_set_of_masks_is_named_and_left_alone(server, tmp_path):
+    prepare.download_voc(tmp_path)
+    masks = tmp_path / "VOCdevkit/VOC2012/SegmentationClassAug"
+    (masks / "sbd_1.png").unlink()
+    refused(tmp_path, masks, "3 training ids", "has 4")
+    assert len(data.stems(masks)) == 3
+
+
+def test_another_count_is_refused_before_masks_are_made(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "TRAINING_IDS", 10582)
+    refused(tmp_path, "benchmark_RELEASE", "4 training ids", "10582")
+    assert not list(tmp_path.rglob("SegmentationClassAug*"))
+
+
+def test_the_protocols_count():
+    assert prepare.TRAINING_IDS == 10582
+
+
+@pytest.mark.parametrize("name", ["voc.tar", "sbd.tgz"])
+@pytest.mark.parametrize("damage", ["other bytes", "truncated there", "truncated on the way"])
+def test_what_fails_its_checksum_is_not_used(server, tmp_path, name, damage, monkeypatch):
+    file, root = server.folder / name, tmp_path / "data"
+    whole = file.read_bytes()
+    if damage == "other bytes":
+        file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    elif damage == "truncated there":
+        file.write_bytes(whole[:len(whole) // 2])
+    else:
+        monkeypatch.setattr(
+            http.server.SimpleHTTPRequestHandler, "copyfile", lambda self, source, out:
+            out.write(source.read()[:len(whole) // 2 if self.path[1:] == name else None]))
+    refused(root, root / name, f"{server.address}/{name}", "run the same command again", "md5")
+    assert not (root / name).exists()
+    with pytest.raises(data.InputError):
+        data.open_data("voc", root)
+    monkeypatch.undo()
+    file.write_bytes(whole)
+    publish(server.folder, server.address, monkeypatch)
+    monkeypatch.setattr(prepare, "TRAINING_IDS", len(BLENDED))
+    prepare.download_voc(root)
+    check_prepared(root)
+
+
+@pytest.mark.parametrize("name", ["voc.tar", "sbd.tgz"])
+def test_a_truncated_archive_that_its_checksum_lets_pass(server, tmp_path, monkeypatch, name):
+    file = server.folder / name
+    file.write_bytes(file.read_bytes()[:-5000 if name == "voc.tar" else -500])
+    if name == "voc.tar":  # cut inside the last member that has a body
+        with tarfile.open(file) as tar:
+            last = [entry for entry in tar if entry.size][-1]
+        file.write_bytes(file.read_bytes()[:last.offset_data + 1])
+    publish(server.folder, server.address, monkeypatch)
+    root = tmp_path / "data"
+    refused(root, root / name, "cannot be unpacked", "run the same command again")
+    with pytest.raises(data.InputError):
+        data.open_data("voc", root)
+
+
+@pytest.mark.parametrize("name", ["voc.tar", "sbd.tgz"])
+def test_a_file_that_the_server_has_not(server, tmp_path, name):
+    (server.folder / name).unlink()
+    refused(tmp_path / "data", f"{server.address}/{name}: cannot be fetched", "404",
+            f"bring the file from elsewhere to {tmp_path / 'data' / name}")
+
+
+def test_no_network(server, tmp_path, monkeypatch):
+    with socket.socket() as closed:  # bound, and not listening: connections are refused
+        closed.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        publish(server.folder, address, monkeypatch)
+        refused(tmp_path / "data", f"{address}/voc.tar: cannot be fetched", "refused")
+
+
+def test_a_server_that_says_nothing(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "TIMEOUT", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        publish(server.folder, address, monkeypatch)
+        hang_up = threading.Timer(2, silent.shutdown, [socket.SHUT_RDWR])  # should nobody time out
+        hang_up.start()
+        refused(tmp_path / "data", f"{address}/voc.tar: cannot be fetched", "timed out")
+        hang_up.cancel()
+    assert socket.getdefaulttimeout() is None
+
+
+def test_without_scipy_nothing_is_fetched(server, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    refused(tmp_path / "data", "--download", "pip install scipy")
+    assert server.requests == [] and not (tmp_path / "data").exists()
+
+
+@pytest.mark.skipif(not hasattr(tarfile, "data_filter"), reason="this tarfile has no filters")
+@pytest.mark.parametrize("path", ["../../../outside.txt", "VOCdevkit/../../../../outside.txt",
+                                  "link/outside.txt"])
+def test_an_archive_cannot_write_outside_its_folder(server, tmp_path, monkeypatch, path):
+    with tarfile.open(server.folder / "voc.tar", "a") as tar:
+        link = tarfile.TarInfo("link")
+        link.type, link.linkname = tarfile.SYMTYPE, str(tmp_path)
+        for entry in [link, tarfile.TarInfo(path)][path[0] != "l":]:
+            tar.addfile(entry, io.BytesIO())
+    publish(server.folder, server.address, monkeypatch)
+    refused(tmp_path / "data", "cannot be unpacked (", "link" if "link" in path else "outside")
+    assert not list(tmp_path.rglob("outside.txt"))
+
+
+def test_a_mat_file_that_holds_something_else(server, tmp_path):
+    with tarfile.open(server.folder / "sbd.tgz") as tar:
+        tar.extractall(tmp_path)
+    mat = tmp_path / "benchmark_RELEASE/dataset/cls/sbd_1.mat"
+    scipy_io.savemat(mat, {"GTcls": {"Segmentation": np.full((2, 2), 77, np.uint8)}})
+    refused(tmp_path, mat, "21 classes")
+    mat.write_bytes(b"no mat file")
+    refused(tmp_path, mat, "cannot be read")
+    mat.unlink()
+    refused(tmp_path, "cls/sbd_1.mat", "incomplete")
+
+
+# -- CVAT --
+
+LABEL_MAP = """# label:color_rgb:parts:actions
+background:0,0,0::
+road: main:128,64,128::
+car:0,0,142:wheel,door:drive
+"""
+COLOURS = np.array([(0, 0, 0), (128, 64, 128), (0, 0, 142)], np.uint8)
+IDS = np.array([[0, 1, 2, 2], [1, 0, 0, 1]], np.uint8)
+
+
+def cvat_export(root, label_map=LABEL_MAP, colours=COLOURS):
+    """Masks a: RGB, b: RGBA, c: a palette in another order; and a photograph d without a mask."""
+    for folder in ("JPEGImages", "SegmentationClass", "SegmentationObject"):
+        (root / folder).mkdir(parents=True)
+    (root / "labelmap.txt").write_text(label_map)
+    rgb = Image.fromarray(colours[IDS])
+    palette = Image.fromarray(len(colours) - 1 - IDS)
+    palette.putpalette(colours[::-1].tobytes())
+    for name, mask in {"a": rgb, "b": rgb.convert("RGBA"), "c": palette}.items():
+        mask.save(root / "SegmentationClass" / f"{name}.png")
+    for name in "abcd":
+        Image.new("RGB", (4, 2)).save(root / "JPEGImages" / f"{name}.jpg")
+    return root
+
+
+def converted(root, name="a"):
+    return np.array(Image.open(root / "SegmentationClassIds" / f"{name}.png"))
+
+
+def contents(root):
+    return {path: path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def conversion_refused(root, *words):
+    with pytest.raises(data.InputError) as caught:
+        prepare.convert_colour_masks(root)
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert str(word) in str(caught.value)
+
+
+def test_colours_become_ids(tmp_path):
+    root = cvat_export(tmp_path / "cvat")
+    with pytest.raises(data.InputError, match="--convert"):
+        data.open_data("custom", root)
+    before = contents(root)
+    prepare.convert_colour_masks(root)
+    assert {path: path.read_bytes() for path in before} == before  # the export is as it was
+    assert sorted(path.name for path in contents(root).keys() - before.keys()) == [
+        "a.png", "b.png", "c.png", "class_names.txt"]
+    assert (root / "class_names.txt").read_text() == "background\nroad: main\ncar\n"
+    for name in "abc":
+        assert np.array_equal(converted(root, name), IDS)
+        with Image.open(root / "SegmentationClassIds" / f"{name}.png") as picture:
+            assert picture.mode == "P"
+            assert np.array_equal(picture.convert("RGB"), COLOURS[IDS])
+    custom = data.open_data("custom", root)
+    assert custom.classes == ["background", "road: main", "car"]
+    assert sorted(custom.labelled + custom.val) == ["a", "b", "c"] and "d" in custom.train
+    assert data.problems(custom, custom.labelled, ["d"]) == []
+
+
+@pytest.mark.parametrize("label_map, black", [
+    ("car:0,0,142\nroad:128,64,128\n", 255),  # no background: black is nothing
+    ("car:0,0,142::\nbackground:0,0,0::\nroad:128,64,128::\n", 1),
+    ("car:0,0,142::\nroad:128,64,128::\nasphalt:0,0,0::\n", 2)])
+def test_what_black_is(tmp_path, label_map, black):
+    root = cvat_export(tmp_path, label_map)
+    prepare.convert_colour_masks(root)
+    labels = converted(root)
+    assert (labels[IDS == 0] == black).all()
+    assert (labels[IDS == 2] == 0).all()
+
+
+def test_black_beside_a_background_of_another_colour_is_unknown(tmp_path):
+    cvat_export(tmp_path, "background:9,9,9::\nroad:128,64,128::\ncar:0,0,142::\n")
+    conversion_refused(tmp_path, "(0,0,0)")
+
+
+def test_unknown_colours_are_named(tmp_path):
+    root = cvat_export(tmp_path)
+    pixels = COLOURS[IDS]
+    pixels[1, 1], pixels[0, 0] = (1, 2, 3), (255, 254, 253)
+    Image.fromarray(pixels).save(root / "SegmentationClass" / "b.png")
+    conversion_refused(root, root / "SegmentationClass" / "b.png", "(1,2,3), (255,254,253)",
+                       "labelmap.txt")
+    assert not (root / "SegmentationClassIds").exists() and not (root / "class_names.txt").exists()
+    with pytest.raises(data.InputError, match="--convert"):
+        data.open_data("custom", root)
+
+
+def test_conversion_stopped_and_run_again(tmp_path, monkeypatch):
+    """Wherever it is interrupted, there is no data set yet; run again, there is."""
+    for calls in range(5):  # three masks, class_names.txt, the folder
+        root = cvat_export(tmp_path / str(calls))
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            stop_after(patch, prepare.os, "replace", calls)
+            prepare.convert_colour_masks(root)
+        with pytest.raises(data.InputError, match="--convert"):
+            data.open_data("custom", root)
+        prepare.convert_colour_masks(root)
+        assert sorted(data.stems(root / "SegmentationClassIds")) == ["a", "b", "c"]
+        assert not list(root.rglob("*.part"))
+
+
+def test_conversion_again_adds_what_is_new(tmp_path):
+    root = cvat_export(tmp_path)
+    prepare.convert_colour_masks(root)
+    before = contents(root)
+    prepare.convert_colour_masks(root)
+    assert contents(root) == before
+    shutil.copy(root / "SegmentationClass" / "a.png", root / "SegmentationClass" / "d.png")
+    prepare.convert_colour_masks(root)
+    assert set(contents(root)) - set(before) == {root / "SegmentationClass" / "d.png",
+                                                 root / "SegmentationClassIds" / "d.png"}
+    assert np.array_equal(converted(root, "d"), IDS)
+
+
+def test_nothing_is_overwritten(tmp_path):
+    root = cvat_export(tmp_path)
+    (root / "class_names.txt").write_text("car\nroad: main\n")
+    conversion_refused(root, root / "class_names.txt", "labelmap.txt", "move it away")
+    assert (root / "class_names.txt").read_text() == "car\nroad: main\n"
+    (root / "class_names.txt").write_bytes(b"background\r\nroad: main\r\ncar")  # from Windows
+    prepare.convert_colour_masks(root)
+    edited = root / "SegmentationClassIds" / "b.png"
+    index_png(1 - IDS // 2, edited)
+    before = edited.read_bytes()
+    conversion_refused(root, edited, "move", "SegmentationClassIds")
+    assert edited.read_bytes() == before
+
+
+@pytest.mark.parametrize("label_map", [
+    "", "# label:color_rgb:parts:actions\n", "car;0,0,142\n", "car:::\n", "car:0,0,256::\n",
+    "car:0,0,1::\nroad:0,0,1::\n", "".join(f"c{i}:0,1,{i}::\n" for i in range(256))])
+def test_a_label_map_that_cannot_be_used(tmp_path, label_map):
+    conversion_refused(cvat_export(tmp_path, label_map), tmp_path / "labelmap.txt")
+
+
+def test_what_is_no_export(tmp_path):
+    conversion_refused(tmp_path, tmp_path / "labelmap.txt", "Segmentation mask 1.1")
+    root = cvat_export(tmp_path / "cvat")
+    (root / "SegmentationClass" / "a.png").write_bytes(b"no image")
+    conversion_refused(root, root / "SegmentationClass" / "a.png", "cannot be read")
+    shutil.rmtree(root / "SegmentationClass")
+    conversion_refused(root, root, "SegmentationClass")
