@@ -52,13 +52,15 @@ class Protocol:
     encoder_lr: float = 0.001
     weight_decay: float = 1e-4
     lambda_u: float = 3.0
+    ema: float = 0.996  # alpha of Eq. 2
     eval_every: int = 1  # epochs
 
 
 VOC = Protocol(data_root="data/voc", split="1_8")
 PROTOCOLS = {
     "shapes": Protocol(data_root="", split="1_16", backbone="resnet18", channels=64, weights="none",
-                       crop_size=64, batch_size=8, epochs=8, tau=0.8, lr=0.03, encoder_lr=0.03),
+                       crop_size=64, scale=(0.75, 1.5), batch_size=8, epochs=10, tau=0.8, ema=0.98,
+                       lr=0.03, encoder_lr=0.03, eval_every=2),
     "voc": VOC,
     "voc_classic": VOC,
     "cityscapes": Protocol(data_root="data/cityscapes", split="1_8", crop_size=769, window=769,
@@ -80,7 +82,7 @@ CITYSCAPES = {  # class: (its labelId, its colour), in the order of the 19 train
     "train": (31, (0, 80, 100)), "motorcycle": (32, (0, 0, 230)),
     "bicycle": (33, (119, 11, 32)),
 }
-SHAPES_CLASSES = ("background", "disc", "ring", "triangle", "cross", "stripes")
+SHAPES_CLASSES = ("background", "disc", "ring", "rows", "columns", "checker")
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
 
@@ -139,9 +141,11 @@ class SegmentationData:
 
 
 def open_photograph(path):
+    """A Pillow image, upright, and not decoded yet unless its EXIF had it turned."""
     try:
         image = Image.open(path)
-        ImageOps.exif_transpose(image, in_place=True)
+        if "exif" in image.info:  # exif_transpose decodes whatever it is given
+            ImageOps.exif_transpose(image, in_place=True)
         return image
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(unreadable(path, error)) from None
@@ -150,7 +154,7 @@ def open_photograph(path):
 def unreadable(path, error):
     if isinstance(error, FileNotFoundError):
         return f"{path}: no such file"
-    return f"{path}: cannot be read ({str(error).splitlines()[0]}); replace or remove the file"
+    return f"{path}: cannot be read ({(str(error) or type(error).__name__).splitlines()[0]}); replace or remove the file"
 
 
 def short_list(items, most=3):
@@ -164,9 +168,11 @@ def open_data(dataset, root=None):
     if dataset == "shapes":
         return Shapes()
     if not root.is_dir():
+        remedy = {"voc": ", or bring it: python data.py --dataset voc --download",
+                  "cityscapes": ", with leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip from "
+                                "cityscapes-dataset.com unpacked in it"}
         raise InputError(f"--data-root {root}: no such folder; give the folder of {dataset}"
-                         + (", or bring it: python data.py --dataset voc --download"
-                            if dataset.startswith("voc") else ""))
+                         + remedy.get(dataset.removesuffix("_classic"), ""))
     return {"voc": open_voc, "voc_classic": open_voc, "cityscapes": open_cityscapes,
             "custom": open_custom}[dataset](root, dataset)
 
@@ -198,6 +204,7 @@ def open_voc(root, dataset):
 def open_cityscapes(root, dataset):
     """Cityscapes: leftImg8bit/ and gtFine/, with labelTrainIds or only labelIds masks."""
     root = find_folder(root, "leftImg8bit", (".", "cityscapes", ".."))
+    find_folder(root, "gtFine", (".",))
     images, masks, lists = {}, {}, {"train": [], "val": []}
     for part, names in lists.items():
         for path in sorted((root / "leftImg8bit" / part).glob("*/*_leftImg8bit.png")):
@@ -232,7 +239,7 @@ def open_custom(root, dataset):
         raise InputError(f"{root / 'labelmap.txt'}: masks in colour, as CVAT exports them; first "
                          f"python data.py --dataset custom --data-root {root} --convert")
     names_file = root / "class_names.txt"
-    classes = names_file.read_text().split("\n") if names_file.exists() else []
+    classes = names_file.read_text(encoding="utf-8-sig").split("\n") if names_file.exists() else []
     classes = [name.strip() for name in classes if name.strip()]
     if not classes:
         raise InputError(f"{names_file}: missing or empty; write one class name a line, in the "
@@ -399,11 +406,11 @@ def problems(data, labelled, unlabelled, contents=500):
 
 
 class Shapes(SegmentationData):
-    """The embedded data set: five shapes on a background, 64 x 64, drawn from their ids.
+    """The embedded data set: five kinds of object on a background, 64 x 64, drawn from their ids.
 
     From plainly easy to plainly hard: contrast falls, and noise, clutter and overlap grow with one
-    number an image. A class is told by its form alone, which Table 5's operations keep; its colour
-    says nothing.
+    number an image. A class is told by its form and coarse pattern, which Table 5's operations keep;
+    its colour says nothing.
     """
     SIZE, TRAIN, VAL = 64, 400, 128
 
@@ -427,7 +434,7 @@ def draw_shapes(name, size=Shapes.SIZE):
     part, number = name.split("_")
     rng = np.random.default_rng((part == "val", int(number)))
     hard = rng.random()
-    contrast, noise = 110 - 80 * hard, 4 + 24 * hard
+    contrast, noise = 120 - 85 * hard, 4 + 20 * hard
     ground = rng.uniform(70, 185, 3)
     image = Image.new("RGB", (size, size), colour(ground))
     mask = Image.new("L", (size, size), 0)
@@ -439,11 +446,11 @@ def draw_shapes(name, size=Shapes.SIZE):
                                        colour(shade), width=1)
 
     clutter(int(6 * hard))
-    for _ in range(rng.integers(1, 3 + round(2 * hard))):
+    for _ in range(rng.integers(1, 3 + round(hard))):
         label = int(rng.integers(1, len(SHAPES_CLASSES)))
-        outline, fill = shape_masks(label, size, rng)
+        outline, painted = shape_masks(SHAPES_CLASSES[label], size, rng)
         sign = rng.choice([-1, 1])
-        image.paste(colour(ground + sign * contrast * rng.uniform(0.6, 1, 3)), mask=fill)
+        image.paste(colour(ground + sign * contrast * rng.uniform(0.6, 1, 3)), mask=painted)
         mask.paste(label, mask=outline)
     clutter(int(3 * hard))
     pixels = np.asarray(image) + rng.normal(0, noise, (size, size, 3))
@@ -454,34 +461,22 @@ def colour(values):
     return tuple(int(v) for v in np.clip(values, 0, 255))
 
 
-def shape_masks(label, size, rng):
+def shape_masks(shape, size, rng):
     """Two Pillow "1" images: the pixels that belong to a shape, and those that are painted."""
-    radius, angle = rng.uniform(9, 17), rng.uniform(0, 2 * np.pi)
+    radius, angle = rng.uniform(12, 20), rng.uniform(-0.25, 0.25)
     centre = rng.uniform(0.7 * radius, size - 0.7 * radius, 2)
-    outline = Image.new("1", (size, size))
-    draw = ImageDraw.Draw(outline)
-
-    def polygon(*points, ink=1):
-        turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-        draw.polygon([tuple(p) for p in np.array(points) @ turn.T * radius + centre], fill=ink)
-
-    if SHAPES_CLASSES[label] in ("disc", "ring"):
-        draw.ellipse([*(centre - radius), *(centre + radius)], fill=1)
-        if SHAPES_CLASSES[label] == "ring":
-            draw.ellipse([*(centre - radius / 2), *(centre + radius / 2)], fill=0)
-    elif SHAPES_CLASSES[label] == "triangle":
-        polygon((0, -1.1), (0.95, 0.75), (-0.95, 0.75))
-    elif SHAPES_CLASSES[label] == "cross":
-        polygon((-1, -0.33), (1, -0.33), (1, 0.33), (-1, 0.33))
-        polygon((-0.33, -1), (0.33, -1), (0.33, 1), (-0.33, 1))
-    else:
-        polygon((-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9))
-        fill, outline_only = outline.copy(), outline
-        draw = ImageDraw.Draw(fill)
-        for y in (-0.54, 0.18):
-            polygon((-0.9, y), (0.9, y), (0.9, y + 0.36), (-0.9, y + 0.36), ink=0)
-        return outline_only, fill
-    return outline, outline
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    y, x = np.mgrid[:size, :size]
+    u, v = np.einsum("ij,jhw->ihw", turn, np.stack([x, y]) - centre[:, None, None]) / radius
+    r, square = np.hypot(u, v), np.maximum(abs(u), abs(v)) < 0.85
+    outline, painted = {
+        "disc": (r < 0.95, r < 0.95),
+        "ring": (r < 1, (r < 1) & (r > 0.55)),
+        "rows": (square, square & (np.floor((v + 0.85) / 0.34) % 2 == 0)),
+        "columns": (square, square & (np.floor((u + 0.85) / 0.34) % 2 == 0)),
+        "checker": (square, square & ((u > 0) == (v > 0))),
+    }[shape]
+    return Image.fromarray(outline), Image.fromarray(painted)
 
 
 # The streams of draws: (seed, stream, iteration, place) is the whole state of a generator.
@@ -586,8 +581,25 @@ def main(argv=None):
     parser.add_argument("--dataset", choices=PROTOCOLS, default="shapes")
     parser.add_argument("--data-root", help="folder of the data set (default: data/NAME)")
     parser.add_argument("--split", help="report on this split too: a name, or a file of ids")
+    task = parser.add_mutually_exclusive_group()
+    task.add_argument("--download", action="store_true",
+                      help="voc: first bring VOC 2012 and SBD, and make SegmentationClassAug/")
+    task.add_argument("--convert", action="store_true",
+                      help="custom: first turn CVAT's colour masks into SegmentationClassIds/")
     args = parser.parse_args(argv)
     try:
+        root = Path(args.data_root or PROTOCOLS[args.dataset].data_root)
+        if args.download or args.convert:
+            import prepare  # only here: it builds on this file
+            if args.download and args.dataset.startswith("voc"):
+                prepare.download_voc(root)
+            elif args.convert and args.dataset == "custom":
+                prepare.convert_colour_masks(root)
+            else:
+                raise InputError("--download goes with --dataset voc, --convert with --dataset custom"
+                                 + ("; for Cityscapes, log in at cityscapes-dataset.com and unpack "
+                                    f"leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip in {root}"
+                                    if args.dataset == "cityscapes" else ""))
         data = open_data(args.dataset, args.data_root)
         print(f"{args.dataset}: {len(data.images)} images, {len(data.masks)} masks; {len(data.train)} "
               f"for training, {len(data.val)} for validation" + (f"\n{data.note}" if data.note else ""))
@@ -608,10 +620,11 @@ def main(argv=None):
         for c, label in enumerate(data.classes):
             print(f"{c:4} {label:20} {pixels[c] / pixels[:IGNORE].sum():7.2%} of the labelled pixels")
         print(f" 255 {'ignored':20} {pixels[IGNORE] / pixels.sum():7.2%} of all pixels")
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"data.py: {error}", file=sys.stderr)
         sys.exit(2)
 
 
 if __name__ == "__main__":
+    sys.modules["data"] = sys.modules["__main__"]  # so that prepare.py raises this InputError
     main()

@@ -501,3 +501,170 @@ def test_two_live_runs_cannot_share_a_folder(tmp_path):
     assert second.returncode == 2 and "another live run" in second.stderr
     process.kill()
     process.join()
+
+
+# Nothing is silently wrong: (what is done to a good folder of own data, the flags, what is said).
+
+def replace(path, text):
+    path.write_text(text)
+
+
+def code_file(path):
+    class Code:
+        def __reduce__(self):
+            return (open, (str(path) + ".ran", "w"))
+    torch.save({"conv1.weight": Code()}, path)
+
+
+LISTS = "ImageSets/Segmentation"
+CASES = {
+    "no root": (None, "--data-root {root}/absent", "--data-root .*absent: no such folder"),
+    "no images folder": (lambda r: (r / "JPEGImages").rename(r / "photos"), "", "neither JPEGImages/ nor"),
+    "no class names": (lambda r: (r / "class_names.txt").unlink(), "", "class_names.txt: missing or"),
+    "empty class names": (lambda r: replace(r / "class_names.txt", "\n"), "", "class_names.txt: missing or"),
+    "image missing": (lambda r: replace(r / LISTS / "train.txt", "im0\nim7\nx1\nx2\nx3\nx4\n"), "",
+                      "4 listed images are missing: x1, x2, x3 and 1 more"),
+    "validation image missing": (lambda r: (r / "JPEGImages/im5.jpg").unlink(), "", "missing: im5"),
+    "validation mask missing": (lambda r: (r / "SegmentationClass/im5.png").unlink(), "",
+                                "1 images .* have no mask: im5"),
+    "labelled without mask": (lambda r: replace(r / "list.txt", "im0\nim8\n"), "--split {root}/list.txt",
+                              "have no mask: im8"),
+    "mask of another size": (lambda r: save(r / "SegmentationClass/im1.png", np.zeros((5, 9))), "",
+                             "im1.png: 9 x 5 pixels, but its image .* has 16 x 12"),
+    "mask with strange ids": (lambda r: save(r / "SegmentationClass/im1.png", np.full((12, 16), 7)), "",
+                              "im1.png: holds the ids 7, but there are 2 classes"),
+    "mask in colour": (lambda r: save(r / "SegmentationClass/im1.png", np.zeros((12, 16, 3))), "",
+                       "im1.png: a colour image .* must be index PNGs"),
+    "CVAT's colours": (lambda r: replace(r / "labelmap.txt", "sky:1,2,3::"), "", "--convert"),
+    "no unlabelled image": (lambda r: [(r / f"JPEGImages/im{i}.jpg").unlink() for i in range(6, 10)], "",
+                            "no unlabelled image is left"),
+    "no labelled image": (lambda r: [(r / f"SegmentationClass/im{i}.png").unlink() for i in range(4)], "",
+                          "no labelled image"),
+    "ids listed twice": (lambda r: replace(r / "list.txt", "im0\nim1\nim0\n"), "--split {root}/list.txt",
+                         "list.txt: ids listed twice: im0"),
+    "val among train": (lambda r: replace(r / LISTS / "train.txt", "im0\nim4\nim7\n"), "",
+                        "1 validation images are among the training ones: im4"),
+    "val among labelled": (lambda r: replace(r / "list.txt", "im0\nim5\n"), "--split {root}/list.txt",
+                           "validation images among the labelled ones: im5"),
+    "unknown ids": (lambda r: replace(r / "list.txt", "im0\n../../etc/passwd\n"),
+                    "--split {root}/list.txt", "1 ids are not in custom's training set: passwd"),
+    "no such split": (None, "--split 1_32", "--split 1_32: custom has no such split"),
+    "empty val list": (lambda r: replace(r / LISTS / "val.txt", ""), "", "no validation image"),
+    "not a photograph": (lambda r: replace(r / "JPEGImages/im7.jpg", "hello"), "", "im7.jpg: cannot be read"),
+    "two files for one id": (lambda r: save(r / "JPEGImages/im7.png", np.zeros((2, 2))), "",
+                             "two files for one id"),
+    "no weights": (None, "--weights {root}/absent.pth", "absent.pth: no such file"),
+    "no weights' file": (lambda r: replace(r / "w.pth", "hello"), "--weights {root}/w.pth", "w.pth: not a file of"),
+    "weights with code": (lambda r: code_file(r / "w.pth"), "--weights {root}/w.pth", "weights_only=True"),
+    "other weights": (lambda r: torch.save({"conv1.weight": torch.zeros(1)}, r / "w.pth"),
+                      "--weights {root}/w.pth", r"do not fit resnet18: layer conv1.weight should be \(64, 3"),
+    "crop too small": (None, "--crop-size 31", "--crop-size 31: too small for an output stride of 16"),
+    "tau": (None, "--tau 1.5", "--tau 1.5: a probability"),
+    "alpha": (None, "--ema 1", "--ema 1.0: at least 0 and below 1"),
+    "scale": (None, "--scale 2 0.5", "--scale 2.0 0.5: two factors"),
+    "rate": (None, "--lr 0", "--lr 0.0: above 0"),
+    "batch of one": (None, "--batch-size 1", "--batch-size 1: BatchNorm needs two"),
+    "uneven accumulation": (None, "--accumulate 3", "--accumulate 3: .* 1, 2, 4 would work"),
+    "more accumulation than images": (None, "--accumulate 8", "--accumulate 8: .* 1, 2, 4 would work"),
+    "one image at a time": (None, "--supervised --accumulate 4", "one image at a time"),
+    "unknown flag": (None, "--taus 1", "unrecognized arguments: --taus"),
+    "unknown data set": (None, "--dataset ade20k", "invalid choice: 'ade20k'"),
+    "no number": (None, "--tau high", "argument --tau: invalid float value: 'high'"),
+    "epochs and iters": (None, "--epochs 2", "--epochs: not allowed with argument --iters"),
+    "folder is a file": (lambda r: replace(r / "f", ""), "--out {root}/f", "--out .*/f: cannot be used"),
+    "checkpoint is none": (lambda r: ((r / "o").mkdir(), replace(r / "o/last.pth", "x")), "--out {root}/o",
+                           "o/last.pth: no checkpoint that weights_only=True loads"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_gets_one_line_before_training_starts(case, tmp_path, capsys):
+    spoil, flags, message = CASES[case]
+    root = custom(tmp_path / "data")
+    if spoil:
+        spoil(root)
+    flags = ["--dataset", "custom", "--data-root", root, *TINY, "--iters", 2, "--out", tmp_path / "out",
+             *flags.format(root=root).split()]
+    with pytest.raises(SystemExit) as end:
+        train.main([str(f) for f in flags])
+    out, err = capsys.readouterr()
+    assert end.value.code == 2
+    assert err.startswith("train.py: ") and re.search(message, err), err
+    assert len(err.splitlines()) <= 2 and "Traceback" not in err
+    assert not list(tmp_path.glob("**/*.ran")) and not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_a_folder_of_other_settings_is_refused_and_they_are_named(finished, capsys):
+    out, _ = finished
+    before = (out / "last.pth").read_bytes()
+    with pytest.raises(SystemExit) as end:
+        train.main([*TINY, "--iters", "6", "--out", str(out), "--tau", "0.4", "--seed", "1"])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and "tau 0.3 -> 0.4" in error and "seed 0 -> 1" in error
+    assert (out / "last.pth").read_bytes() == before
+
+
+def test_a_checkpoint_of_another_data_set_is_refused(finished, tmp_path):
+    out, _ = finished
+    state = torch.load(out / "last.pth", weights_only=True)
+    torch.save(state | {"classes": ["a", "b"]}, tmp_path / "other.pth")
+    result = launch(tmp_path / "other.pth", script="evaluate.py")
+    assert result.returncode == 2 and "other.pth: does not fit its own settings" in result.stderr
+    result = launch(out / "last.pth", "--data-root", tmp_path, script="evaluate.py")
+    assert result.returncode == 0  # the embedded data set has no root
+    torch.save(state | {"settings": state["settings"] | {"dataset": "custom"}}, tmp_path / "custom.pth")
+    result = launch(tmp_path / "custom.pth", "--data-root", custom(tmp_path / "data"), script="evaluate.py")
+    assert result.returncode == 2 and "trained on the classes background, disc" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_ranks_that_cannot_share_a_batch_say_so_once():
+    result = launch(*TINY, "--batch-size", 5, ranks=2)
+    said = [line for line in result.stderr.splitlines() if "train.py: " in line]
+    assert result.returncode != 0 and len(said) == 1 and "4 or 6 would work" in said[0]
+
+
+def spoilt_run(tmp_path, *flags, spoil=lambda root: None, **options):
+    root = custom(tmp_path / "data", images=12)
+    spoil(root)
+    return launch("--dataset", "custom", "--data-root", root, *TINY, "--iters", 40, "--checkpoint-every",
+                  1, "--out", tmp_path / "out", *flags, **options)
+
+
+def truncate(root):
+    big = np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)
+    save(root / "JPEGImages" / "im9.jpg", big)
+    path = root / "JPEGImages" / "im9.jpg"
+    path.write_bytes(path.read_bytes()[:20000])
+
+
+@pytest.mark.parametrize("flags, ranks", [([], None), (["--workers", "2"], None), ([], 2)])
+def test_a_truncated_photograph_is_named(tmp_path, flags, ranks):
+    result = spoilt_run(tmp_path, *flags, spoil=truncate, ranks=ranks)
+    said = [line for line in result.stderr.splitlines() if line.startswith("train.py: ")]
+    assert result.returncode == 1 and len(said) == 1
+    assert "im9.jpg: cannot be read (" in said[0] and "saved iteration" in said[0]
+    if ranks is None:
+        assert "Traceback" not in result.stderr
+
+
+def test_a_loss_that_is_not_finite_is_named_and_saves_nothing(tmp_path):
+    result = spoilt_run(tmp_path, "--lr", "1e30", "--checkpoint-every", "100")
+    assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
+    assert re.search(r"L_(x|u).* is not finite in iteration \d+, with the labelled images im\d",
+                     result.stderr) or "the weights are not finite" in result.stderr
+    assert not (tmp_path / "out" / "last.pth").exists()
+
+
+def test_a_loader_process_that_dies_is_named(tmp_path):
+    out = tmp_path / "out"
+    process = subprocess.Popen([sys.executable, str(HERE / "train.py"), *TINY, "--iters", "500", "--workers",
+                                "2", "--out", str(out)], stderr=subprocess.PIPE, text=True, cwd=HERE,
+                               stdout=subprocess.DEVNULL)
+    while not (out / "metrics.jsonl").exists():
+        time.sleep(0.1)
+    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True,
+                              text=True).stdout.split()
+    os.kill(int(children[0]), signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and len(errors.splitlines()) == 1 and "a loader process died" in errors

@@ -274,8 +274,7 @@ def parse_arguments(argv=None):
     add("--tau", type=float, help="confidence that a pixel needs to supervise; lower it if the "
                                   "confident share in the log stays small")
     add("--lambda-u", type=float, help="weight of L_u in Eq. 1")
-    add("--ema", type=float, default=0.996, help="alpha of Eq. 2; lower it for runs under 1,000 "
-                                                 "iterations")
+    add("--ema", type=float, help="alpha of Eq. 2; 0.98 to 0.99 for runs under 1,000 iterations")
     add("--lr", type=float, help="of the decoder, at the start")
     add("--encoder-lr", type=float, help="of the encoder (default: the data set's; --lr if the "
                                          "encoder starts at random)")
@@ -399,8 +398,6 @@ def train(args, device):
             return next(batches)
         except InputError as error:
             raise RunError(one_line(error)) from None
-        except RuntimeError as error:
-            raise RunError(f"a loader process died ({one_line(error)}); lower --workers") from None
 
     for iteration in range(start, args.iters):
         try:
@@ -648,9 +645,15 @@ def main(argv=None):
         failure = error
         if rank() == 0:
             print(f"train.py: {one_line(error)}", file=sys.stderr)
-    except torch.OutOfMemoryError:  # on this rank alone: torchrun ends the others
-        print("train.py: out of GPU memory; raise --accumulate, or lower --crop-size or --batch-size",
-              file=sys.stderr, flush=True)
+    except RuntimeError as error:  # on this rank alone, so torchrun has to end the others
+        if isinstance(error, torch.OutOfMemoryError):
+            text = "out of GPU memory; raise --accumulate, or lower --crop-size or --batch-size"
+        elif "DataLoader worker" in str(error):
+            text = f"a loader process died ({one_line(error)}); lower --workers, or free memory"
+        else:
+            raise
+        print(f"train.py: {text}; the same command goes on from the last checkpoint", file=sys.stderr,
+              flush=True)
         os._exit(1)
     if dist.is_initialized():
         dist.destroy_process_group()
