@@ -2,11 +2,11 @@
 
     python bench.py                                     the table, on whatever device is there
     python bench.py --only step --repeats 30            one section, measured longer
-    python bench.py --only loader --dataset voc --data-root data/voc
+    python bench.py --only loader --data-root data/voc --dataset voc
 
-Two things that are compared are timed in turn in one process, so that whatever else the machine does
-falls on both; their ratio is the median of the pairs' ratios. Every number is a median, with its
-quartiles beside it. The last line is `step/network R`.
+What is compared is timed in turn in one process, so that whatever else the machine does falls on
+both; a ratio is the median of the pairs' ratios. Numbers are medians, with their quartiles beside
+them. The last line is `step/network R`.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -24,8 +25,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageOps
+from PIL import Image, ImageFilter, ImageOps
 from torch import nn
+from torch.profiler import record_function
 from torchvision.transforms import functional as TF
 
 import augment
@@ -33,9 +35,7 @@ import data
 import train
 from evaluate import evaluate
 from hardness import instance_hardness
-from model import BACKBONES, DeepLabV3Plus
-
-LOADER_ITEMS = 24  # in one measurement: items differ in scale and operations
+from model import BACKBONES
 
 
 def time_in_turn(device, repeats, *functions):
@@ -99,25 +99,20 @@ def row(name, values, unit, note=""):
 
 
 def build(settings, classes, device, compiled=False):
-    """(student, teacher, optimizer), set up as in train.train."""
+    """(student, teacher, optimizer) of train.py, compiled if asked for."""
     torch.backends.cudnn.benchmark = True
-    student = DeepLabV3Plus(classes, settings.backbone, settings.output_stride, settings.channels)
-    student = student.to(device, memory_format=torch.channels_last)
-    teacher = copy.deepcopy(student).eval().requires_grad_(False)
-    optimizer = torch.optim.SGD(student.parameters(), lr=settings.lr, momentum=0.9,
-                                weight_decay=settings.weight_decay, fused=True)
-    optimizer.param_groups[0]["initial_lr"] = settings.lr
+    student, _, teacher, optimizer = train.build_networks(settings, classes, device)
     if compiled:
         student.compile(dynamic=False)
         teacher.compile(dynamic=False)
-    return student.train(), teacher, optimizer
+    return student, teacher, optimizer
 
 
 def training_step(settings, classes, batch, device, compiled=False):
-    """A function that takes a step of Algorithm 1: the copy to the device, then train.train_step."""
+    """A function that takes one step: the copy to the device, then train.train_step."""
     student, teacher, optimizer = build(settings, classes, device, compiled)
 
-    def step(batch=batch, parts=Parts(device)):
+    def step(batch=batch, parts=record_function):
         with parts("copy to device"):
             batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
         train.train_step(student, teacher, optimizer, batch, 1, settings)
@@ -128,8 +123,8 @@ def bare_passes(settings, classes, batch, device, compiled=False):
     """A function that makes the passes that Algorithm 1 cannot do without, and does nothing else.
 
     Student and teacher on B_u, without gradient and in evaluation mode; the student forward and
-    backward on B_x and two views of B_u; SGD. The images lie on the device, normalised; the backward
-    pass starts from a gradient of the logits that is given.
+    backward on B_x and two views of B_u; SGD. The images lie on the device, normalised, and so does
+    a gradient of the logits, from which the backward pass starts.
     """
     student, teacher, optimizer = build(settings, classes, device, compiled)
     weak = data.normalize(batch["weak"].to(device))
@@ -179,7 +174,8 @@ def batches(settings, photographs, batch_size, iterations, workers=0):
 def bench_step(args, settings, photographs, device):
     """The parts of a step, then the whole and the floor in turn. Returns step / network."""
     classes, warm_up = len(photographs.classes), 2
-    loader = batches(settings, photographs, args.batch_size, args.repeats + warm_up, settings.workers)
+    count = args.repeats + warm_up
+    loader = batches(settings, photographs, args.batch_size, count, args.workers)
     batch = next(batches(settings, photographs, args.batch_size, 1))
     step = training_step(settings, classes, batch, device, args.compile)
     start = time.perf_counter()
@@ -189,7 +185,7 @@ def bench_step(args, settings, photographs, device):
 
     parts = Parts(device)
     with mock.patch.object(train, "record_function", parts):
-        for iteration in range(args.repeats + warm_up):
+        for iteration in range(count):
             if iteration == warm_up:
                 parts.marks.clear()
             with parts("load wait"):
@@ -205,11 +201,11 @@ def bench_step(args, settings, photographs, device):
     floor = bare_passes(settings, classes, batch, device, args.compile)
     seconds = time_in_turn(device, args.repeats, step, floor)
     row("step", seconds[0] * 1e3, "ms", "from the copy to the device on")
-    row("network (the floor)", seconds[1] * 1e3, "ms", "the passes in it, in turn with the step")
+    row("network (the floor)", seconds[1] * 1e3, "ms", "its passes alone, in turn with it")
     row("  step / network", seconds[0] / seconds[1], "times")
     row("images", 2 * args.batch_size / seconds[0], "/s", "labelled and unlabelled together")
     if args.compile:
-        row("first step, compiling", [first], "s", f"{first - np.median(seconds[0]):.0f} s to start")
+        row("first step", [first], "s", "with compiling")
     return np.median(seconds[0] / seconds[1])
 
 
@@ -217,7 +213,8 @@ def bench_doubling(args, settings, photographs, device):
     """Step and floor as the batch doubles, and by what factors they grow."""
     largest, before = next(batches(settings, photographs, 16, 1)), None
     for size in (2, 4, 8, 16):
-        torch.compiler.reset()
+        if args.compile:
+            torch.compiler.reset()
         batch = {name: tensor[:size] for name, tensor in largest.items()}
         pair = [make(settings, len(photographs.classes), batch, device, args.compile)
                 for make in (training_step, bare_passes)]
@@ -229,18 +226,19 @@ def bench_doubling(args, settings, photographs, device):
         before = now
 
 
-def peak_memory(make, settings, classes, batch, device, compiled):
+def peak_memory(make, settings, photographs, device, compiled):
     """MiB at the peak of three calls of what `make` makes, its weights and gradients included.
 
-    On a CPU: what the process has grown by, so let it be a fresh one.
+    On a CPU it is what the process has grown by, and the process must be a fresh one.
     """
     def resident(which):
         return int(re.search(rf"{which}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
+    batch = next(batches(settings, photographs, settings.batch_size, 1))
     before = 0 if device.type == "cuda" else resident("VmRSS")
-    function = make(settings, classes, batch, device, compiled)
+    function = make(settings, len(photographs.classes), batch, device, compiled)
     function()
-    if device.type == "cuda":  # cuDNN's trials of its algorithms, in the first call, do not count
+    if device.type == "cuda":  # cuDNN tries its algorithms in the first call, which does not count
         torch.cuda.reset_peak_memory_stats()
     function(), function()
     if device.type == "cuda":
@@ -254,21 +252,32 @@ def bench_memory(args, settings, photographs, device):
         torch.cuda.empty_cache()
     elif not Path("/proc/self/status").exists():
         return print("peak memory: on a CPU it is read from /proc, which is not here")
-    batch, peaks = next(batches(settings, photographs, args.batch_size, 1)), []
+    peaks = []
     for make in (training_step, plain_training):
         with ProcessPoolExecutor(1, torch.multiprocessing.get_context("spawn")) as process:
-            peaks.append(process.submit(peak_memory, make, settings, len(photographs.classes), batch,
-                                        device, args.compile).result())
+            peaks.append(process.submit(peak_memory, make, settings, photographs, device,
+                                        args.compile).result())
     row("peak memory of a step", peaks[:1], "MiB", "weights and gradients included")
-    row("  of plain training", peaks[1:], "MiB", "cross-entropy on B_x + 2 B_u images")
+    row("  of plain training", peaks[1:], "MiB", "cross-entropy, B_x + 2 B_u images")
     row("  step / plain training", [peaks[0] / peaks[1]], "times")
 
 
-def usual_item(draws, name, rng, labelled):
-    """An item as loaders usually make it, from the same draws as TrainingDraws makes its own: all of
-    it decoded and resized, cropped, padded, the operations on the padded crop, floats as result."""
-    image, size = draws.data.image(name).convert("RGB"), draws.crop_size
-    mask = Image.open(draws.data.masks[name]) if labelled else None
+# Table 5 as Pillow and torchvision have it, whatever augment.py makes of it.
+USUAL_OPERATIONS = augment.INTENSITY_OPERATIONS | {
+    "blur": lambda image, rng: image.filter(ImageFilter.GaussianBlur(rng.uniform(0.1, 2.0))),
+    "sharpness": lambda image, rng: TF.adjust_sharpness(image, rng.uniform(0.05, 0.95)),
+    "hue": lambda image, rng: TF.adjust_hue(image, rng.uniform(-0.5, 0.5)),
+}
+
+
+def usual_item(draws, labelled, iteration, place):
+    """An item as loaders usually make it, from the draws of TrainingDraws: the whole image decoded
+    and resized, then cropped and padded; two operations on the padded crop; normalised floats."""
+    order, stream, ids = ((data.ORDER_X, data.AUGMENT_X, draws.labelled) if labelled else
+                          (data.ORDER_U, data.AUGMENT_U, draws.unlabelled))
+    name = data.drawn_id(ids, draws.batch_size, draws.seed, order, iteration, place)
+    rng, size = data.generator(draws.seed, stream, iteration, place), draws.crop_size
+    image = draws.data.image(name).convert("RGB")
     factor = rng.uniform(*draws.scale)
     scaled = [max(1, round(side * factor)) for side in image.size]
     left, top = (int(rng.integers(0, side - min(side, size) + 1)) for side in scaled)
@@ -284,45 +293,47 @@ def usual_item(draws, name, rng, labelled):
 
     weak = crop(image, Image.Resampling.BILINEAR, data.PAD_COLOUR)
     if labelled:
-        mask = crop(mask, Image.Resampling.NEAREST, data.IGNORE)
+        mask = crop(Image.open(draws.data.masks[name]), Image.Resampling.NEAREST, data.IGNORE)
         return to_float(weak), torch.from_numpy(np.array(mask, dtype=np.int64))
-    return to_float(weak), to_float(augment.strong_augment(weak, rng))
+    strong = weak
+    for name in rng.choice(list(USUAL_OPERATIONS), size=2, replace=False):
+        strong = USUAL_OPERATIONS[name](strong, rng)
+    return to_float(weak), to_float(strong)
+
+
+class Items(torch.utils.data.Dataset):
+    def __init__(self, make):
+        self.make = make
+
+    def __getitem__(self, key):
+        return self.make(*key)
 
 
 def bench_loader(args, settings, photographs, device):
-    """Items/s that one worker process makes, beside the usual way."""
-    draws = training_draws(settings, photographs, LOADER_ITEMS, args.loader_crop)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in a worker process
-
-    def usual(ids, order, stream, labelled):
-        for place in range(LOADER_ITEMS):
-            name = data.drawn_id(ids, LOADER_ITEMS, draws.seed, order, 0, place)
-            usual_item(draws, name, data.generator(draws.seed, stream, 0, place), labelled)
-
-    for kind, item, usual_arguments in (
-            ("labelled", draws.labelled_item, (draws.labelled, data.ORDER_X, data.AUGMENT_X, True)),
-            ("unlabelled", draws.unlabelled_item,
-             (draws.unlabelled, data.ORDER_U, data.AUGMENT_U, False))):
-        ours_s, usual_s = time_in_turn(
-            torch.device("cpu"), args.repeats,
-            lambda: [item(0, place) for place in range(LOADER_ITEMS)], lambda: usual(*usual_arguments))
-        row(f"loader, {kind}", LOADER_ITEMS / ours_s, "/s", f"one worker, crop {args.loader_crop}")
-        row("  the usual way", LOADER_ITEMS / usual_s, "/s", "whole resize, crop, pad, floats")
+    """Items/s that reach training from one worker process, beside the usual way of making them."""
+    draws = training_draws(settings, photographs, 16, args.loader_crop)
+    keys = [[(iteration, place) for place in range(16)] for iteration in range(3)]
+    for kind, ours in (("labelled", draws.labelled_item), ("unlabelled", draws.unlabelled_item)):
+        loaders = [torch.utils.data.DataLoader(Items(make), batch_sampler=keys, num_workers=1,
+                                               persistent_workers=True)
+                   for make in (ours, partial(usual_item, draws, kind == "labelled"))]
+        ours_s, usual_s = time_in_turn(device, args.repeats,
+                                       *(partial(list, loader) for loader in loaders))
+        row(f"loader, {kind}", 48 / ours_s, "/s", f"one worker process, crop {args.loader_crop}")
+        row("  the usual way", 48 / usual_s, "/s", "whole resize, crop, pad, floats")
         row("  loader / usual way", usual_s / ours_s, "times")
-    torch.set_num_threads(threads)
 
 
-def hardness_by_loops(prob_t, prob_s, tau):
+def hardness_by_loops(prob_t, prob_s, tau, valid):
     """Eq. 5-7 in NumPy, an image and a class at a time."""
     gamma = []
-    for p_t, p_s in zip(prob_t, prob_s):
+    for p_t, p_s, v in zip(prob_t, prob_s, valid):
         z_t, z_s, easiness = p_t.argmax(0), p_s.argmax(0), 0
         for p, z1, z2 in ((p_s, z_s, z_t), (p_t, z_t, z_s)):
-            rho, wiou = (p.max(0) >= tau).mean(), 0
+            rho, wiou = (p.max(0) >= tau)[v].mean(), 0
             for c in range(len(p)):
-                union = ((z1 == c) | (z2 == c)).sum()
-                wiou += (z1 == c).mean() * ((z1 == c) & (z2 == c)).sum() / max(union, 1)
+                one, two = (z1 == c) & v, (z2 == c) & v
+                wiou += one.sum() / v.sum() * (one & two).sum() / max((one | two).sum(), 1)
             easiness += rho / 2 * wiou
         gamma.append(1 - easiness)
     return np.array(gamma)
@@ -330,17 +341,20 @@ def hardness_by_loops(prob_t, prob_s, tau):
 
 def bench_hardness(args, settings, photographs, device):
     draw = torch.Generator().manual_seed(0)
-    probs = [torch.randn(4, 21, 129, 129, generator=draw).mul(2).softmax(1) for _ in "ts"]
-    on_device, arrays = [p.to(device) for p in probs], [p.numpy() for p in probs]
-    ours_s, loops_s = time_in_turn(device, args.repeats, lambda: instance_hardness(*on_device, 0.5),
-                                   lambda: hardness_by_loops(*arrays, 0.5))
-    row("hardness, 4 of 21x129x129", ours_s * 1e3, "ms", "Eq. 5-7")
-    row("  NumPy", loops_s * 1e3, "ms", "an image and a class at a time")
+    prob_t, prob_s = (torch.randn(4, 21, 129, 129, generator=draw).mul(2).softmax(1) for _ in "ts")
+    valid = torch.ones(4, 129, 129, dtype=torch.bool)
+    inputs = prob_t.to(device), prob_s.to(device), 0.5, valid.to(device)
+    arrays = prob_t.numpy(), prob_s.numpy(), 0.5, valid.numpy()
+    ours_s, loops_s = time_in_turn(
+        device, args.repeats, lambda: [instance_hardness(*inputs) for _ in range(10)],
+        lambda: [hardness_by_loops(*arrays) for _ in range(10)])
+    row("hardness, 4 of 21x129x129", ours_s * 100, "ms", "Eq. 5-7; the mean of ten calls")
+    row("  NumPy", loops_s * 100, "ms", "an image and a class at a time")
     row("  NumPy / hardness", loops_s / ours_s, "times")
 
 
 def bench_evaluation(args, settings, photographs, device):
-    """Images/s of evaluate.evaluate, loading included, and the share of its time around the network."""
+    """Images/s of evaluate.evaluate, loading included, and the share of time around the network."""
     class Watched(nn.Module):
         def forward(self, images):
             with parts("network"):
@@ -352,13 +366,13 @@ def bench_evaluation(args, settings, photographs, device):
         [watched], some, device, settings.window, amp=settings.amp))
     network = parts.seconds()["network"].reshape(args.repeats + 1, -1)[1:].sum(1)
     size = "x".join(map(str, some.image(some.val[0]).size))
-    row("evaluation", len(some.val) / seconds, "/s", f"images of {size}, loaded in the same process")
+    row("evaluation", len(some.val) / seconds, "/s", f"images of {size}, and loading")
     row("  around the network", 100 * (1 - network / seconds), "%", "of the time")
 
 
 def make_up_photographs(folder, count=36):
-    """A folder for --dataset custom: noise of every scale, as photographs have, 500 x 375, and masks
-    for two thirds of it."""
+    """A folder for --dataset custom, of 500 x 375: noise of every scale, as photographs have, and
+    masks for two thirds of it."""
     draw, val = torch.Generator().manual_seed(0), []
     for part in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
         (folder / part).mkdir(parents=True)
@@ -384,34 +398,92 @@ def parse_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--only", nargs="+", choices=SECTIONS, metavar="SECTION",
-        help=f"of {', '.join(SECTIONS)} (default: all but doubling); step and doubling want a quiet "
-             f"machine")
+        help=f"of {', '.join(SECTIONS)} (default: all but doubling)")
     add("--doubling", action="store_true",
-        help="also the step at 2 + 2, 4 + 4, 8 + 8 and 16 + 16: at a large crop, see that it fits")
+        help="also the step at 2 + 2, 4 + 4, 8 + 8 and 16 + 16: see that the last fits the memory")
     add("--backbone", choices=BACKBONES, default="resnet50",
         help="resnet50 (default) as in the paper; the smaller it is, the more the rest weighs")
     add("--output-stride", type=int, choices=(8, 16), default=16)
-    add("--channels", type=int, default=256, help="width of the decoder; 256 (default) as in the paper")
-    add("--crop-size", type=int, help="side of the crops of a step (default: 129 on a CPU, 513 on a GPU)")
-    add("--batch-size", type=int, help="labelled images of a step, and as many unlabelled ones "
-                                       "(default: 4 on a CPU, 16 on a GPU)")
-    add("--loader-crop", type=int, default=513, help="side of the crops of the section loader")
+    add("--channels", type=int, default=256,
+        help="width of the decoder; 256 (default) as in the paper")
+    add("--crop-size", type=int,
+        help="side of the crops of a step (default: 129 on a CPU, 513 on a GPU)")
+    add("--batch-size", type=int,
+        help="labelled images of a step, and as many unlabelled ones (default: 4, or 16 on a GPU)")
+    add("--loader-crop", type=int, default=513, help="side of the crops in the section loader")
     add("--device", choices=("cpu", "cuda"), default="cuda" if gpu else "cpu")
     add("--precision", choices=("fp32", "bf16"),
         help="default: bf16 on a GPU, fp32 on a CPU, where few have fast bf16")
-    add("--repeats", type=int, help="measurements behind each median (default: 10 on a CPU, 30 on a "
-                                    "GPU); take more where the quartiles lie far apart")
-    add("--workers", type=int, help="loader processes while the parts of a step are timed; raise it "
-                                    "where load wait is long (default: as train.py)")
-    add("--dataset", choices=data.PROTOCOLS, help="photographs to load: made-up JPEGs of 500 x 375 "
-                                                  "unless given")
-    add("--data-root", help="the folder of --dataset")
+    add("--repeats", type=int,
+        help="measurements behind each median (default: 10, or 30 on a GPU); take more where the "
+             "quartiles lie far apart")
+    add("--workers", type=int,
+        help="loader processes while the parts of a step are timed (default: 0, or 4 on a GPU); "
+             "raise it where load wait is long")
+    add("--dataset", choices=[name for name in data.PROTOCOLS if name != "shapes"],
+        default="custom", help="what the folder in --data-root is, as for train.py")
+    add("--data-root", help="photographs to load; without it, JPEGs of 500 x 375 are made up")
     add("--compile", action="store_true",
-        help="torch.compile the network, in the step and in the floor; says how long that takes")
+        help="torch.compile the network, in the step and in the floor; the table says what the "
+             "first step then takes")
     args = parser.parse_args(argv)
     cuda = args.device == "cuda"
-    for name, on_cpu, on_gpu in (("crop_size", 129, 513), ("batch_size", 4, 16), ("repeats", 10, 30),
-                                 ("precision", "fp32", "bf16")):
+    if cuda and not gpu:
+        parser.error("--device cuda: torch sees no GPU here")
+    if args.repeats is not None and args.repeats < 1:
+        parser.error(f"--repeats {args.repeats}: at least 1")
+    for name, on_cpu, on_gpu in (("crop_size", 129, 513), ("batch_size", 4, 16), ("workers", 0, 4),
+                                 ("repeats", 10, 30), ("precision", "fp32", "bf16")):
         if getattr(args, name) is None:
             setattr(args, name, on_gpu if cuda else on_cpu)
     return args
+
+
+def training_settings(args, root):
+    """The settings of train.py for a step as args say. Random weights are sure of nothing, so that
+    every pixel is let through (tau 0); they hardly move (lr), however often a step is repeated."""
+    flags = {"--dataset": args.dataset, "--data-root": root, "--weights": "none",
+             "--backbone": args.backbone, "--output-stride": args.output_stride, "--tau": 0,
+             "--channels": args.channels, "--crop-size": args.crop_size, "--lr": 1e-5,
+             "--batch-size": args.batch_size, "--iters": 10 ** 6}
+    given = [str(word) for flag, value in flags.items() for word in (flag, value)]
+    settings = train.parse_arguments(given + ["--amp" if args.precision == "bf16" else "--no-amp"])
+    settings.cuda = args.device == "cuda"
+    return settings
+
+
+def print_heading(args, device):
+    name = (torch.cuda.get_device_name() if device.type == "cuda" else
+            f"CPU, {torch.get_num_threads()} threads")
+    print(f"{name}; torch {torch.__version__}, torchvision {torchvision.__version__}\n"
+          f"{args.backbone}, stride {args.output_stride}, {args.channels} channels, crop "
+          f"{args.crop_size}, {args.batch_size} + {args.batch_size}, {args.precision}"
+          f"{', compiled' if args.compile else ''}; medians of {args.repeats}\n\n"
+          f"{'':26}{'median':>10} {'':8} quartiles", flush=True)
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    device = torch.device(args.device)
+    sections = args.only or [name for name in SECTIONS if name != "doubling"]
+    sections += ["doubling"] if args.doubling and "doubling" not in sections else []
+    ratio = None
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            if not args.data_root:
+                make_up_photographs(Path(folder))
+            settings = training_settings(args, args.data_root or folder)
+            photographs = data.open_data(settings.dataset, settings.data_root)
+            print_heading(args, device)
+            for section in sections:
+                result = SECTIONS[section](args, settings, photographs, device)
+                ratio = result if section == "step" else ratio
+        except data.InputError as error:
+            print(f"bench.py: {train.one_line(error)}", file=sys.stderr)
+            sys.exit(2)
+    if ratio is not None:
+        print(f"step/network {ratio:.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -10,6 +10,7 @@ from one iteration to the next, so a run can resume anywhere, on any number of r
 
 import argparse
 import re
+import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageOps
 
 import augment
 
@@ -88,8 +89,7 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
 def voc_palette(num_classes):
     """VOC's colours: the bits of the class id, spread over red, green and blue."""
-    bit = lambda c, k: c >> k & 1
-    return [tuple(sum(bit(c, 3 * i + k) << 7 - i for i in range(8)) for k in range(3))
+    return [tuple(sum((c >> 3 * i + k & 1) << 7 - i for i in range(8)) for k in range(3))
             for c in range(num_classes)]
 
 
@@ -144,7 +144,8 @@ def open_photograph(path):
     """A Pillow image, upright, and not decoded yet unless its EXIF had it turned."""
     try:
         image = Image.open(path)
-        if "exif" in image.info:  # exif_transpose decodes whatever it is given
+        # exif_transpose, and getexif of a PNG, decode whatever they are given
+        if "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
             ImageOps.exif_transpose(image, in_place=True)
         return image
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
@@ -154,7 +155,8 @@ def open_photograph(path):
 def unreadable(path, error):
     if isinstance(error, FileNotFoundError):
         return f"{path}: no such file"
-    return f"{path}: cannot be read ({(str(error) or type(error).__name__).splitlines()[0]}); replace or remove the file"
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return f"{path}: cannot be read ({reason}); replace or remove the file"
 
 
 def short_list(items, most=3):
@@ -558,15 +560,21 @@ class TrainingDraws(torch.utils.data.Dataset):
 
 def picture_to_tensor(picture):
     """Pillow RGB or L -> uint8 (3, H, W) or (H, W)."""
-    tensor = torch.from_numpy(np.array(picture))
-    return tensor.permute(2, 0, 1).contiguous() if tensor.ndim == 3 else tensor
+    bands = [torch.from_numpy(np.array(band)) for band in picture.split()]
+    return torch.stack(bands) if len(bands) > 1 else bands[0]
 
 
 def training_batches(draws, places, start, stop, workers, pin_memory=False):
     """Iterates over the batches of iterations start..stop-1: of their items, those at `places`."""
     keys = ([(iteration, place) for place in places] for iteration in range(start, stop))
     return iter(torch.utils.data.DataLoader(draws, batch_sampler=keys, num_workers=workers,
-                                            pin_memory=pin_memory))
+                                            pin_memory=pin_memory, worker_init_fn=ignore_signals))
+
+
+def ignore_signals(_):
+    """Loader processes leave Ctrl-C and SIGTERM to the process that they load for."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
 
 
 def normalize(images):

@@ -121,10 +121,10 @@ def load_rgb(data, name):
 
 @torch.inference_mode()
 def evaluate(models, data, device, window=None, max_side=None, workers=0, amp=False):
-    """The confusion matrix (C, C) of each of the models, in evaluation mode, over data.val.
+    """The confusion matrices (models, C, C), int64, of this rank's share of data.val.
 
-    Each rank takes every world-size-th image, so that each image counts once; the matrices are
-    summed over the ranks. Returns a list of int64 tensors on the CPU.
+    Each rank takes every world-size-th image, so that each image counts once: sum_over_ranks adds
+    the shares up. The models are put into evaluation mode, and back.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     loader = torch.utils.data.DataLoader(ValidationImages(data, data.val[rank::world]),
@@ -140,9 +140,13 @@ def evaluate(models, data, device, window=None, max_side=None, workers=0, amp=Fa
             confusion += confusion_matrix(prediction, target, C)
     for model, mode in zip(models, training):
         model.train(mode)
-    if world > 1:
+    return confusions
+
+
+def sum_over_ranks(confusions):
+    if dist.is_initialized():
         dist.all_reduce(confusions)
-    return list(confusions.cpu())
+    return confusions.cpu()
 
 
 def iou_table(classes, confusions):
@@ -309,8 +313,9 @@ def main(argv=None):
         if "RANK" in os.environ:
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         first = not dist.is_initialized() or dist.get_rank() == 0
-        confusion, = evaluate([model], data, device, settings["window"], settings["image_size"],
-                              args.workers, settings["amp"] and device.type == "cuda")
+        confusion, = sum_over_ranks(evaluate(
+            [model], data, device, settings["window"], settings["image_size"], args.workers,
+            settings["amp"] and device.type == "cuda"))
         if first:
             print(iou_table(data.classes, {"student" if args.student else "teacher": confusion}))
         if args.pictures and first:

@@ -1,7 +1,5 @@
 """Data sets in the layouts that people have, the splits, the checks, and the seeded batches."""
 
-import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 
 import train
@@ -459,15 +458,17 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_bits(tmp_path, flags):
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("ranks", [None, 2])
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path, signum, ranks):
+    # The whole process group gets it, as with Ctrl-C: torchrun, the ranks and their loaders.
     out = tmp_path / "out"
     starter = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if ranks else []
     process = subprocess.Popen([sys.executable, *starter, str(HERE / "train.py"), *TINY, "--iters",
-                                "500", "--out", str(out)], stderr=subprocess.PIPE, text=True, cwd=HERE,
-                               stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                                "500", "--workers", "1", "--out", str(out)], stderr=subprocess.PIPE,
+                               text=True, cwd=HERE, stdout=subprocess.DEVNULL, start_new_session=True,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})
     while not (out / "metrics.jsonl").exists():
         time.sleep(0.1)
         assert process.poll() is None
-    process.send_signal(signum)
+    os.killpg(process.pid, signum)
     _, errors = process.communicate(timeout=60)
     assert process.returncode != 0
     said = [line for line in errors.splitlines() if line.startswith("train.py: ")]

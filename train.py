@@ -29,7 +29,7 @@ from torch.profiler import record_function
 from augment import blend_intensity, box_masks, cutmix, hard_easy_pairs, random_boxes
 from data import (CUTMIX, IGNORE, PROTOCOLS, SPLITS, InputError, TrainingDraws, generator, normalize,
                   open_data, problems, short_list, split_ids, training_batches)
-from evaluate import evaluate, iou_table, load_checkpoint, mean_iou, panels, stack
+from evaluate import evaluate, iou_table, load_checkpoint, mean_iou, panels, stack, sum_over_ranks
 from hardness import (confidence_hardness, instance_hardness, loss_hardness, pixel_cross_entropy,
                       pseudo_label, unsupervised_loss)
 from model import BACKBONES, DeepLabV3Plus
@@ -359,23 +359,7 @@ def train(args, device):
     args.iters = args.iters or args.epochs * epoch
     args.epochs = None
 
-    # Networks: rank 0's weights reach the other ranks through DDP, and the teacher starts as a copy.
-    torch.manual_seed(args.seed)
-    student = together(build_model, args, data).to(device, memory_format=torch.channels_last)
-    encoder = list(student.encoder_parameters())
-    decoder = [p for p in student.parameters() if all(p is not q for q in encoder)]
-    optimizer = torch.optim.SGD(
-        [{"params": encoder, "lr": args.encoder_lr, "initial_lr": args.encoder_lr},
-         {"params": decoder, "lr": args.lr, "initial_lr": args.lr}],
-        lr=args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
-    network = student
-    if world_size() > 1:
-        if args.cuda:
-            student = network = nn.SyncBatchNorm.convert_sync_batchnorm(student)
-        student = DistributedDataParallel(student, broadcast_buffers=False,
-                                          gradient_as_bucket_view=True)
-    teacher = copy.deepcopy(network).eval().requires_grad_(False)
-    network.train()
+    student, network, teacher, optimizer = build_networks(args, len(data.classes), device)
 
     # The run's folder, and where it stopped.
     run = together(Run, args, data, draws)
@@ -432,13 +416,37 @@ def check_data(args, data, labelled, unlabelled):
                          "eighth), add images without masks, or train with --supervised")
 
 
-def build_model(args, data):
-    """The student; its pretrained weights are read on rank 0 alone, and then shown to the others."""
-    try:
-        return DeepLabV3Plus(len(data.classes), args.backbone, args.output_stride, args.channels,
-                             args.weights if rank() == 0 else None, args.aux)
-    except (ValueError, OSError) as error:
-        raise InputError(str(error)) from None
+def build_networks(args, num_classes, device):
+    """(student, network, teacher, optimizer): the network is the student without its DDP.
+
+    The pretrained weights are read on rank 0 alone; all ranks start with its weights and buffers.
+    """
+    def build():
+        try:
+            return DeepLabV3Plus(num_classes, args.backbone, args.output_stride, args.channels,
+                                 args.weights if rank() == 0 else None, args.aux)
+        except (ValueError, OSError) as error:
+            raise InputError(str(error)) from None
+
+    torch.manual_seed(args.seed)
+    network = together(build).to(device, memory_format=torch.channels_last)
+    if world_size() > 1:
+        for tensor in network.state_dict().values():
+            dist.broadcast(tensor, 0)
+    teacher = copy.deepcopy(network).eval().requires_grad_(False)
+    if world_size() > 1 and args.cuda:
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    encoder = list(network.encoder_parameters())
+    decoder = [p for p in network.parameters() if all(p is not q for q in encoder)]
+    optimizer = torch.optim.SGD(
+        [{"params": encoder, "lr": args.encoder_lr, "initial_lr": args.encoder_lr},
+         {"params": decoder, "lr": args.lr, "initial_lr": args.lr}],
+        lr=args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
+    student = network.train()
+    if world_size() > 1:
+        student = DistributedDataParallel(student, broadcast_buffers=False,
+                                          gradient_as_bucket_view=True)
+    return student, network, teacher, optimizer
 
 
 class Run:
@@ -563,6 +571,7 @@ class Run:
         for name, value in record.items():
             if self.board:
                 self.board.add_scalar(name, value, done)
+                self.board.flush()
         if now - self.printed > 4 or done == self.args.iters:
             self.printed, left = now, timedelta(seconds=round((self.args.iters - done) / rate))
             hardness = "" if self.args.supervised else (
@@ -606,8 +615,13 @@ class Run:
         """Mean IoU on val: of the teacher; after the last iteration of both, which is the result."""
         finished = done == self.args.iters
         models = (teacher, student) if finished else (teacher,)
-        confusions = together(evaluate, models, self.data, device, self.args.window,
-                              self.args.image_size, self.args.workers, self.args.amp)
+        try:
+            share = together(evaluate, models, self.data, device, self.args.window,
+                             self.args.image_size, self.args.workers, self.args.amp)
+        except InputError as error:
+            raise RunError(f"{one_line(error)}; the same command goes on from the last "
+                           f"checkpoint") from None
+        confusions = sum_over_ranks(share)
         miou = [mean_iou(confusion)[0] for confusion in confusions]
         record = {"iteration": done, **dict(zip(("miou_teacher", "miou_student"), miou))}
         if miou[0] > self.best["miou"]:
@@ -638,13 +652,16 @@ def main(argv=None):
         torch.backends.cudnn.benchmark = True
     if "RANK" in os.environ:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    failure = None
     try:
         train(together(parse_arguments, argv), device)
-    except (InputError, RunError) as error:
-        failure = error
+    except (InputError, RunError) as error:  # on all ranks
         if rank() == 0:
-            print(f"train.py: {one_line(error)}", file=sys.stderr)
+            print(f"train.py: {one_line(error)}", file=sys.stderr, flush=True)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        if isinstance(error, RunError):
+            os._exit(1)  # the loader processes, which ignore signals, follow by themselves
+        sys.exit(2)
     except RuntimeError as error:  # on this rank alone, so torchrun has to end the others
         if isinstance(error, torch.OutOfMemoryError):
             text = "out of GPU memory; raise --accumulate, or lower --crop-size or --batch-size"
@@ -657,8 +674,6 @@ def main(argv=None):
         os._exit(1)
     if dist.is_initialized():
         dist.destroy_process_group()
-    if failure:
-        sys.exit(2 if isinstance(failure, InputError) else 1)
 
 
 if __name__ == "__main__":

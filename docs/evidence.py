@@ -1,0 +1,92 @@
+"""Repeats the comparisons in the README: runs rows of settings with seeds, and prints their table.
+
+    python docs/evidence.py --rows table4 fig3a printed --seeds 3 --jobs 2
+    python docs/evidence.py --rows camvid --seeds 1 --data-root ../shared/camvid
+
+Each run is the real command, in runs/evidence/ROW-SEED; what is finished is not run again.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+TRAIN = Path(__file__).resolve().parent.parent / "train.py"
+STANDARD = "--loss standard --intensity standard --cutmix standard"
+CAMVID = ("--dataset custom --split 1_8 --weights none --backbone resnet18 --channels 64 --image-size "
+          "160 --crop-size 96 --batch-size 8 --tau 0.7 --lr 0.03 --ema 0.99 --iters 600 --eval-every 100")
+GROUPS = {
+    "table4": {
+        "supervised": "--supervised",
+        "standard loss": "--loss standard --intensity none --cutmix none",
+        "hardness loss": "--intensity none --cutmix none",
+        "standard intensity": "--loss standard --intensity standard --cutmix none",
+        "hardness intensity": "--loss standard --cutmix none",
+        "standard CutMix": "--loss standard --intensity none --cutmix standard",
+        "hardness CutMix": "--loss standard --intensity none",
+        "standard": STANDARD,
+        "HagSeg": "",
+    },
+    "fig3a": {"HagSeg, confidence": "--hardness confidence", "HagSeg, loss": "--hardness loss"},
+    "printed": {"HagSeg as printed": "--as-printed"},
+    "lambda": {f"lambda_u {value}": f"--lambda-u {value}" for value in (0.5, 1, 3, 5)},
+    "tau": {f"tau {value}": f"--tau {value}" for value in (0.5, 0.7, 0.85, 0.95)},
+    "camvid": {"CamVid supervised": f"{CAMVID} --supervised", "CamVid standard": f"{CAMVID} {STANDARD}",
+               "CamVid HagSeg": CAMVID},
+}
+
+
+def run(row, flags, seed, args):
+    out = args.out / f"{row.replace(' ', '_').replace(',', '')}-{seed}"
+    record = out / "evidence.json"
+    if not record.exists():
+        command = [sys.executable, TRAIN, *flags.split(), "--seed", str(seed), "--out", out,
+                   *(["--data-root", args.data_root] if args.data_root else [])]
+        began = time.time()
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL,
+                       env=os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // args.jobs))})
+        record.write_text(json.dumps({"seconds": time.time() - began}))
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    trained = [line for line in lines if "loss" in line]
+    late = trained[-max(1, len(trained) // 10):]
+    mean = lambda name: statistics.mean(line[name] for line in late)
+    return {"teacher": 100 * lines[-1]["miou_teacher"], "student": 100 * lines[-1]["miou_student"],
+            "iterations": trained[-1]["iteration"], "gamma": mean("hardness_mean"),
+            "confident": mean("confident"), "cutmix": mean("cutmix"),
+            "seconds": json.loads(record.read_text())["seconds"]}
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Run and tabulate comparisons of settings.")
+    parser.add_argument("--rows", nargs="+", choices=GROUPS, default=["table4"], help="groups of rows")
+    parser.add_argument("--only", nargs="+", metavar="ROW", help="of these groups, only these rows")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... of each row")
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, sharing the cores")
+    parser.add_argument("--data-root")
+    parser.add_argument("--out", type=Path, default=Path("runs/evidence"))
+    args = parser.parse_args()
+    rows = {row: flags for group in args.rows for row, flags in GROUPS[group].items()
+            if not args.only or row in args.only}
+    with ThreadPoolExecutor(args.jobs) as pool:
+        # Seed by seed, so that what is stopped early holds all rows.
+        done = {(row, seed): pool.submit(run, row, flags, seed, args)
+                for seed in range(args.seeds) for row, flags in rows.items()}
+    print("| row | seeds | teacher mIoU | student mIoU | gamma | confident | CutMix fired | s a run |")
+    print("|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        results = [done[row, seed].result() for seed in range(args.seeds)]
+        column = lambda name: [result[name] for result in results]
+        spread = lambda name: (f"{statistics.mean(column(name)):.1f}" + (
+            f" ± {statistics.stdev(column(name)):.1f}" if len(results) > 1 else ""))
+        means = [f"{statistics.mean(column(name)):.2f}" for name in ("gamma", "confident", "cutmix")]
+        print(f"| {row} | {len(results)} | {spread('teacher')} | {spread('student')} | "
+              f"{' | '.join(means)} | {statistics.mean(column('seconds')):.0f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""The real command at its smallest, and the slow versions that it measures against."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import augment
+import bench
+import data
+from hardness import instance_hardness
+
+HERE = Path(bench.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photographs")
+    bench.make_up_photographs(folder, count=9)
+    return folder
+
+
+def run(*flags):
+    return subprocess.run([sys.executable, "bench.py", *map(str, flags)], cwd=HERE,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+
+
+def test_the_command_prints_every_section_and_ends_with_the_ratio():
+    done = run("--backbone", "resnet18", "--channels", 16, "--crop-size", 32, "--batch-size", 2,
+               "--loader-crop", 64, "--repeats", 2, "--doubling")
+    assert done.returncode == 0, done.stderr
+    *lines, last = done.stdout.splitlines()
+    assert float(re.fullmatch(r"step/network (\d+\.\d{3})", last)[1]) > 0
+    names = [re.split(r"\s{2,}", line.strip())[0] for line in lines]
+    for name in ("load wait", "copy to device", "no-gradient passes", "hardness", "augmentation",
+                 "student forward", "loss", "backward", "optimizer", "teacher", "step",
+                 "network (the floor)", "images", "peak memory of a step", "loader, labelled",
+                 "loader, unlabelled", "NumPy / hardness", "evaluation", "around the network",
+                 "step at 2 + 2", "step at 16 + 16"):
+        assert name in names
+    assert max(map(len, lines)) <= 100
+
+
+def test_a_folder_of_ones_own_and_one_section(photographs):
+    done = run("--only", "loader", "--data-root", photographs, "--loader-crop", 64, "--repeats", 1)
+    assert done.returncode == 0, done.stderr
+    assert "loader, labelled" in done.stdout and "step" not in done.stdout.split("quartiles")[1]
+
+
+def test_input_that_cannot_be_used_is_one_line(tmp_path):
+    done = run("--only", "loader", "--data-root", tmp_path)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert str(tmp_path) in done.stderr
+
+
+def test_the_loop_over_images_and_classes_is_eq_5_to_7():
+    draw = torch.Generator().manual_seed(0)
+    prob_t, prob_s = (torch.randn(3, 5, 8, 9, generator=draw).mul(2).softmax(1) for _ in "ts")
+    valid = torch.rand(3, 8, 9, generator=draw) < 0.8
+    expected = bench.hardness_by_loops(prob_t.numpy(), prob_s.numpy(), 0.5, valid.numpy())
+    gamma = instance_hardness(prob_t, prob_s, 0.5, valid)
+    np.testing.assert_allclose(gamma, expected, atol=1e-6)
+
+
+def test_the_usual_way_makes_the_same_items(photographs, monkeypatch):
+    opened = data.open_data("custom", photographs)
+    labelled, unlabelled = data.split_ids(opened, "custom", None)
+    draws = data.TrainingDraws(opened, labelled, unlabelled, 8, 200, seed=0)
+    nothing = dict.fromkeys(("one", "two"), lambda image, rng: image)
+    monkeypatch.setattr(augment, "INTENSITY_OPERATIONS", nothing)
+    monkeypatch.setattr(bench, "USUAL_OPERATIONS", nothing)
+    for place in range(8):
+        ours = draws[0, place]
+        x, y = bench.usual_item(draws, True, 0, place)
+        weak, strong = bench.usual_item(draws, False, 0, place)
+        for name, usual in (("x", x), ("weak", weak), ("strong", strong)):
+            difference = data.normalize(ours[name][None])[0] - usual
+            assert difference.abs().max() < 0.1, name  # Pillow rounds the box: a few grey values
+        assert (ours["y"] == y).float().mean() > 0.99
