@@ -84,6 +84,8 @@ CITYSCAPES = {  # class: (its labelId, its colour), in the order of the 19 train
     "bicycle": (33, (119, 11, 32)),
 }
 SHAPES_CLASSES = ("background", "disc", "ring", "rows", "columns", "checker")
+TRAINING_SETS = {"voc": 10582, "voc_classic": 1464, "cityscapes": 2975}  # what a split is a part of
+DRAWN_SPLITS = {"voc_classic": (92, 183, 366, 732), "cityscapes": (186, 372, 744, 1488)}
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
 
@@ -147,6 +149,9 @@ def open_photograph(path):
         # exif_transpose, and getexif of a PNG, decode whatever they are given
         if "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
             ImageOps.exif_transpose(image, in_place=True)
+        if image.mode[0] in "IF":
+            raise InputError(f"{path}: has more than 8 bits a channel ({image.mode}); convert it to "
+                             f"an 8-bit photograph")
         return image
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(unreadable(path, error)) from None
@@ -156,7 +161,7 @@ def unreadable(path, error):
     if isinstance(error, FileNotFoundError):
         return f"{path}: no such file"
     reason = (str(error) or type(error).__name__).splitlines()[0]
-    return f"{path}: cannot be read ({reason}); replace or remove the file"
+    return f"{path}: cannot be read ({reason}); replace the file"
 
 
 def short_list(items, most=3):
@@ -175,8 +180,9 @@ def open_data(dataset, root=None):
                                 "cityscapes-dataset.com unpacked in it"}
         raise InputError(f"--data-root {root}: no such folder; give the folder of {dataset}"
                          + remedy.get(dataset.removesuffix("_classic"), ""))
-    return {"voc": open_voc, "voc_classic": open_voc, "cityscapes": open_cityscapes,
-            "custom": open_custom}[dataset](root, dataset)
+    if dataset == "cityscapes":
+        return open_cityscapes(root)
+    return open_custom(root) if dataset == "custom" else open_voc(root, dataset)
 
 
 def find_folder(root, child, places):
@@ -203,10 +209,11 @@ def open_voc(root, dataset):
                             labelled=train if dataset == "voc" else voc_train)
 
 
-def open_cityscapes(root, dataset):
+def open_cityscapes(root):
     """Cityscapes: leftImg8bit/ and gtFine/, with labelTrainIds or only labelIds masks."""
     root = find_folder(root, "leftImg8bit", (".", "cityscapes", ".."))
-    find_folder(root, "gtFine", (".",))
+    if not (root / "gtFine").is_dir():
+        raise InputError(f"{root}: no folder gtFine/ in it; unpack gtFine_trainvaltest.zip there")
     images, masks, lists = {}, {}, {"train": [], "val": []}
     for part, names in lists.items():
         for path in sorted((root / "leftImg8bit" / part).glob("*/*_leftImg8bit.png")):
@@ -225,7 +232,7 @@ def open_cityscapes(root, dataset):
                             masks, lists["train"], lists["val"], lists["train"], label_ids)
 
 
-def open_custom(root, dataset):
+def open_custom(root):
     """Own photographs in the VOC layout, as labelme and CVAT export it, or in images/ and masks/.
 
     Every training image with a mask is labelled; every one without is not.
@@ -241,11 +248,17 @@ def open_custom(root, dataset):
         raise InputError(f"{root / 'labelmap.txt'}: masks in colour, as CVAT exports them; first "
                          f"python data.py --dataset custom --data-root {root} --convert")
     names_file = root / "class_names.txt"
-    classes = names_file.read_text(encoding="utf-8-sig").split("\n") if names_file.exists() else []
-    classes = [name.strip() for name in classes if name.strip()]
-    if not classes:
+    try:
+        classes = names_file.read_text("utf-8-sig").rstrip().split("\n") if names_file.exists() else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(unreadable(names_file, error)) from None
+    classes = [name.strip() for name in classes]
+    if not any(classes):
         raise InputError(f"{names_file}: missing or empty; write one class name a line, in the "
                          f"order of the ids in the masks")
+    if not all(classes) or not 2 <= len(classes) <= IGNORE:
+        raise InputError(f"{names_file}: {len(classes)} lines; from 2 to {IGNORE} are needed, none of "
+                         f"them empty: a line's number is its class id")
     images = stems(photographs, IMAGE_SUFFIXES)
     lists, note = root / "ImageSets" / "Segmentation", None
     train = sorted(read_list(lists / "train.txt") if (lists / "train.txt").exists() else images)
@@ -255,11 +268,10 @@ def open_custom(root, dataset):
         with_mask = [name for name in train if name in masks]
         drawn = np.random.default_rng(0).permutation(len(with_mask))[:-(-len(with_mask) // 10)]
         val = sorted(with_mask[i] for i in drawn)
-        train = [name for name in train if name not in set(val)]
         note = (f"no {lists / 'val.txt'}: {len(val)} of the {len(with_mask)} labelled images, drawn "
                 f"with a fixed seed, are kept for validation")
-    if not (lists / "train.txt").exists():
-        train = [name for name in train if name not in set(val)]
+    if note or not (lists / "train.txt").exists():
+        train = sorted({*train} - {*val})
     return SegmentationData(classes, voc_palette(len(classes)), images, masks, train, val,
                             [name for name in train if name in masks], note=note)
 
@@ -305,22 +317,21 @@ def split_ids(data, dataset, split):
     """
     pool = sorted(data.labelled)
     if split in SPLITS:
+        if len(pool) != TRAINING_SETS.get(dataset, len(pool)):
+            raise InputError(f"--split {split}: takes its part of all {TRAINING_SETS[dataset]} training "
+                             f"images of {dataset}, and {len(pool)} are here; complete them, or give "
+                             f"a list of ids")
         positions = HERE / "splits" / dataset / f"{split}.txt"
         if positions.exists():
-            chosen = [int(p) for p in read_list(positions)]
-            if len(pool) != DRAWN_SPLITS[dataset][0]:
-                raise InputError(f"--split {split}: {positions} is a draw from all "
-                                 f"{DRAWN_SPLITS[dataset][0]} training images of {dataset}, and "
-                                 f"{len(pool)} are here; complete them, or give a list of ids")
-            labelled = [pool[p] for p in chosen]
+            labelled = [pool[int(p)] for p in read_list(positions)]
         else:
             labelled = pool[::SPLITS[split]]
     elif split is None:
         labelled = pool
     elif Path(split).is_file():
         labelled = read_list(Path(split))
-        unknown = [name for name in labelled if name not in set(data.train)]
-        held_out = [name for name in unknown if name in set(data.val)]
+        unknown = sorted({*labelled} - {*data.train})
+        held_out = sorted({*unknown} & {*data.val})
         if held_out:
             raise InputError(f"--split {split}: validation images among the labelled ones: "
                              f"{short_list(held_out)}; remove them")
@@ -333,13 +344,11 @@ def split_ids(data, dataset, split):
     return sorted(labelled), sorted(set(data.train) - set(labelled))
 
 
-DRAWN_SPLITS = {"voc_classic": (1464, (92, 183, 366, 732)), "cityscapes": (2975, (186, 372, 744, 1488))}
-
-
 def draw_splits(folder=HERE / "splits"):
     """Write the position lists of splits/: the first 92, 183, ... of one seeded permutation, so that
     a smaller split is the start of a larger one."""
-    for dataset, (total, sizes) in DRAWN_SPLITS.items():
+    for dataset, sizes in DRAWN_SPLITS.items():
+        total = TRAINING_SETS[dataset]
         order = np.random.default_rng(0).permutation(total)
         (folder / dataset).mkdir(parents=True, exist_ok=True)
         for name, size in zip(SPLITS, sizes):
@@ -395,15 +404,23 @@ def problems(data, labelled, unlabelled, contents=500):
 
     def content(name):
         try:
-            data.mask(name)
+            seen[np.unique(data.mask(name))] = True
         except InputError as error:
             return str(error)
 
+    seen = np.zeros(256, bool)
     with_masks_set = set(with_masks)
     readable = [n for n in with_masks if n not in skip]
     with ThreadPoolExecutor() as pool:
         found += filter(None, pool.map(header, (n for n in everything if n not in absent)))
         found += filter(None, pool.map(content, readable[::-(-len(readable) // contents) or 1]))
+    strays = sorted(data.masks.keys() - data.images.keys())
+    if strays:
+        found.append(f"{len(strays)} masks have no image of their name: {short_list(strays)}; a mask "
+                     f"needs the stem of its image")
+    if readable and not found and not seen[:IGNORE].any():
+        found.append(f"the masks, {data.masks[readable[0]].name} for one, hold nothing but {IGNORE}, "
+                     f"which is ignored; export them as class ids")
     return list(dict.fromkeys(found))
 
 
@@ -579,7 +596,8 @@ def ignore_signals(_):
 
 def normalize(images):
     """uint8 (B, 3, H, W) on any device -> float32, normalised with ImageNet's mean and deviation."""
-    mean, std = (torch.tensor(v, device=images.device)[:, None, None] * 255 for v in (MEAN, STD))
+    mean, std = (torch.tensor(v)[:, None, None].mul(255).to(images.device, non_blocking=True)
+                 for v in (MEAN, STD))
     return (images - mean) / std
 
 
@@ -611,22 +629,29 @@ def main(argv=None):
         data = open_data(args.dataset, args.data_root)
         print(f"{args.dataset}: {len(data.images)} images, {len(data.masks)} masks; {len(data.train)} "
               f"for training, {len(data.val)} for validation" + (f"\n{data.note}" if data.note else ""))
-        for split in dict.fromkeys([args.split, *SPLITS]):
-            labelled, unlabelled = split_ids(data, args.dataset, split)
-            print(f"--split {split or '(none)':8} {len(labelled):6} labelled {len(unlabelled):6} "
-                  f"unlabelled")
-        found = problems(data, sorted(data.labelled), sorted(set(data.train) - set(data.labelled)),
-                         contents=10 ** 9)
+        for split in SPLITS:
+            try:
+                labelled, unlabelled = split_ids(data, args.dataset, split)
+            except InputError as error:
+                print(error)
+                continue
+            print(f"--split {split:5} {len(labelled):6} labelled {len(unlabelled):6} unlabelled")
+        labelled, unlabelled = split_ids(data, args.dataset, args.split)
+        print(f"as given      {len(labelled):6} labelled {len(unlabelled):6} unlabelled")
+        found = problems(data, labelled, unlabelled, contents=10 ** 9)
         for line in found:
             print(line, file=sys.stderr)
         if found:
             sys.exit(2)
-        names = sorted(data.labelled)
+        names = labelled
         with ThreadPoolExecutor() as pool:
             pixels = sum(pool.map(lambda name: np.bincount(np.asarray(data.mask(name)).ravel(),
                                                            minlength=256), names))
         for c, label in enumerate(data.classes):
             print(f"{c:4} {label:20} {pixels[c] / pixels[:IGNORE].sum():7.2%} of the labelled pixels")
+        absent = [label for c, label in enumerate(data.classes) if not pixels[c]]
+        if absent:
+            print(f"classes without a labelled pixel: {short_list(absent)}")
         print(f" 255 {'ignored':20} {pixels[IGNORE] / pixels.sum():7.2%} of all pixels")
     except (InputError, OSError) as error:
         print(f"data.py: {error}", file=sys.stderr)

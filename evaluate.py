@@ -16,8 +16,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-from data import (IGNORE, IMAGE_SUFFIXES, InputError, normalize, open_data, open_photograph,
-                  picture_to_tensor, problems, short_list, unreadable)
+from data import (IGNORE, IMAGE_SUFFIXES, InputError, ignore_signals, normalize, open_data,
+                  open_photograph, picture_to_tensor, problems, short_list, unreadable)
 from model import DeepLabV3Plus
 
 WHOLE_IMAGE_PIXELS = 2048 * 1024  # a larger image goes through windows, so that memory is bounded
@@ -50,7 +50,7 @@ def predict(model, image, window=None, max_side=None):
     window:     side of the sliding windows; None: the whole image in one pass, unless it has more
                 than WHOLE_IMAGE_PIXELS.
     max_side:   the image is shrunk until its longer side is this, and the logits are enlarged to
-                the image's own size before the classes are taken.
+                the image's own size before the classes are taken (behind windows: the classes are).
     """
     size = image.shape[-2:]
     image = normalize(image[None])
@@ -61,17 +61,22 @@ def predict(model, image, window=None, max_side=None):
         window = 769
     if window and max(image.shape[-2:]) > window:
         return sliding_window(model, image, window, size)
-    return enlarge(model(image), size).argmax(1)[0].to(torch.uint8)
-
-
-def enlarge(scores, size):
-    return scores if scores.shape[-2:] == size else F.interpolate(scores, size, mode="bilinear")
+    logits = model(image)
+    if logits.shape[-2:] == size:
+        return logits.argmax(1)[0].to(torch.uint8)
+    best, labels = None, torch.zeros(size, dtype=torch.uint8, device=image.device)
+    for c in range(logits.shape[1]):  # a class at a time: C maps of a large photograph would not fit
+        score = F.interpolate(logits[:, c:c + 1], size, mode="bilinear")[0, 0]
+        if best is not None:
+            labels.masked_fill_(score > best, c)
+        best = score if best is None else torch.maximum(best, score)
+    return labels
 
 
 def sliding_window(model, image, window, size):
     """As predict, over windows at two thirds' stride (Sec. 3.1), their softmax summed.
 
-    The windows of one row make a batch. Only the rows of pixels that a later window still reaches
+    Four windows of a row make a batch. Only the rows of pixels that a later window still reaches
     are kept as scores, so memory grows with the width of an image and not with its height.
     """
     height, width = image.shape[-2:]
@@ -79,12 +84,15 @@ def sliding_window(model, image, window, size):
     labels, scores = [], None
     for top, next_top in zip(tops, tops[1:] + [height]):
         rows = image[..., top:top + window, :]
-        prob = model(torch.cat([rows[..., left:left + window] for left in lefts])).softmax(1)
-        band = prob.new_zeros(1, prob.shape[1], rows.shape[-2], width)
+        band = None
+        for some in (lefts[i:i + 4] for i in range(0, len(lefts), 4)):
+            prob = model(torch.cat([rows[..., left:left + window] for left in some])).softmax(1)
+            if band is None:
+                band = prob.new_zeros(1, prob.shape[1], rows.shape[-2], width)
+            for left, p in zip(some, prob):
+                band[0, ..., left:left + window] += p
         if scores is not None:
-            band[..., :scores.shape[-2], :] = scores
-        for left, p in zip(lefts, prob):
-            band[0, ..., left:left + window] += p
+            band[..., :scores.shape[-2], :] += scores
         labels.append(band[..., :next_top - top, :].argmax(1).to(torch.uint8))
         scores = band[..., next_top - top:, :]
     labels = torch.cat(labels, dim=1)
@@ -128,7 +136,8 @@ def evaluate(models, data, device, window=None, max_side=None, workers=0, amp=Fa
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     loader = torch.utils.data.DataLoader(ValidationImages(data, data.val[rank::world]),
-                                         batch_size=None, num_workers=workers)
+                                         batch_size=None, num_workers=workers,
+                                         worker_init_fn=ignore_signals)
     C = len(data.classes)
     confusions = torch.zeros(len(models), C, C, dtype=torch.int64, device=device)
     training = [model.training for model in models]
@@ -254,6 +263,8 @@ def predict_files(model, state, paths, folder, device):
     photographs = [file for path in paths for file in (
         sorted(f for f in path.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES) if path.is_dir()
         else [path])]
+    if not photographs:
+        raise InputError(f"--predict {paths[0]}: no photograph in it")
     folder.mkdir(parents=True, exist_ok=True)
     settings, skipped, taken = state["settings"], 0, {file.resolve() for file in photographs}
     for done, file in enumerate(photographs, 1):
@@ -302,7 +313,13 @@ def main(argv=None):
             if missing:
                 raise InputError(f"--predict {missing[0]}: no such file or folder")
             sys.exit(1 if predict_files(model, state, args.predict, args.out, device) else 0)
-        models = [load_model(args.beside, args.student, device)[0]] if args.beside else []
+        models = []
+        if args.beside:
+            other, its_state = load_model(args.beside, args.student, device)
+            if its_state["classes"] != state["classes"] or not args.pictures:
+                raise InputError(f"--beside {args.beside}: goes with --pictures DIR, and with a "
+                                 f"checkpoint of the same classes")
+            models = [other]
         data = open_data(settings["dataset"], args.data_root or settings["data_root"])
         if list(data.classes) != list(state["classes"]):
             raise InputError(f"{args.checkpoint}: trained on the classes {short_list(state['classes'])}, "
@@ -325,8 +342,9 @@ def main(argv=None):
                 picture.save(args.pictures / f"{name}.png")
         if dist.is_initialized():
             dist.destroy_process_group()
-    except InputError as error:
-        print(f"evaluate.py: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+    except (InputError, OSError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"evaluate.py: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -3,6 +3,7 @@
 Works alone: copy this file next to any code that wants a segmentation network.
 """
 
+import pickle
 from pathlib import Path
 
 import torch
@@ -124,7 +125,7 @@ def load_backbone_weights(resnet, backbone, weights):
         published = models.get_model_weights(backbone).IMAGENET1K_V1
         try:
             state = published.get_state_dict(check_hash=True, weights_only=True)
-        except OSError as error:  # URLError is one
+        except (OSError, RuntimeError, pickle.UnpicklingError) as error:  # offline, or a broken file
             folder = Path(torch.hub.get_dir()) / "checkpoints"
             raise OSError(f"cannot fetch the ImageNet weights ({error}); bring {published.url} to "
                           f"{folder}, or give --weights FILE or --weights none") from error

@@ -77,7 +77,8 @@ def test_voc_is_found_from_the_folders_above_and_below(tmp_path, place):
 
 
 def test_voc_classic_takes_labels_from_voc_and_the_rest_unlabelled(tmp_path, monkeypatch):
-    monkeypatch.setitem(DRAWN_SPLITS, "voc_classic", (6, (3,)))
+    monkeypatch.setitem(DRAWN_SPLITS, "voc_classic", (3,))
+    monkeypatch.setitem(data.TRAINING_SETS, "voc_classic", 6)
     monkeypatch.setattr(data, "HERE", tmp_path)
     data.draw_splits(tmp_path / "splits")
     found = open_data("voc_classic", voc(tmp_path))
@@ -164,7 +165,7 @@ def test_the_blended_voc_partitions_are_a_rule():
 @pytest.mark.parametrize("dataset", DRAWN_SPLITS)
 def test_drawn_splits_are_nested_and_can_be_made_again(tmp_path, dataset):
     data.draw_splits(tmp_path)
-    total, sizes = DRAWN_SPLITS[dataset]
+    total, sizes = data.TRAINING_SETS[dataset], DRAWN_SPLITS[dataset]
     smaller = []
     for split, size in zip(SPLITS, sizes):
         text = (HERE / "splits" / dataset / f"{split}.txt").read_text()
@@ -280,6 +281,10 @@ def test_masks_of_many_are_checked_where_they_are_read(tmp_path):
     found = open_data("custom", root)
     assert "im1.png" in problems(found, found.labelled, [])[0]
     assert problems(found, found.labelled, [], contents=1) == []  # only the first one is read
+    for path in (root / "SegmentationClass").iterdir():
+        save(path, np.full((12, 16), 255))
+    assert "hold nothing but 255" in problems(found, found.labelled, [])[0]
+    save(root / "SegmentationClass" / "im1.png", np.full((12, 16), 9))
     with pytest.raises(InputError, match="im1.png: holds the ids 9, but there are 2 classes"):
         TrainingDraws(found, ["im1"], [], 2, 16, seed=0)[0, 0]
 

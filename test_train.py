@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 import train
@@ -522,6 +523,13 @@ CASES = {
     "no root": (None, "--data-root {root}/absent", "--data-root .*absent: no such folder"),
     "no images folder": (lambda r: (r / "JPEGImages").rename(r / "photos"), "", "neither JPEGImages/ nor"),
     "no class names": (lambda r: (r / "class_names.txt").unlink(), "", "class_names.txt: missing or"),
+    "blank line in class names": (lambda r: replace(r / "class_names.txt", "sky\n\nroad\n"), "",
+                                  "class_names.txt: 3 lines; from 2 to 255"),
+    "one class": (lambda r: replace(r / "class_names.txt", "sky\n"), "", "class_names.txt: 1 lines"),
+    "mask of another name": (lambda r: save(r / "SegmentationClass/im1_mask.png", np.zeros((12, 16))), "",
+                             "1 masks have no image of their name: im1_mask"),
+    "16-bit photograph": (lambda r: Image.fromarray(np.zeros((12, 16), np.uint16)).save(
+        ((r / "JPEGImages/im7.jpg").unlink(), r / "JPEGImages/im7.png")[1]), "", "im7.png: has more than 8"),
     "empty class names": (lambda r: replace(r / "class_names.txt", "\n"), "", "class_names.txt: missing or"),
     "image missing": (lambda r: replace(r / LISTS / "train.txt", "im0\nim7\nx1\nx2\nx3\nx4\n"), "",
                       "4 listed images are missing: x1, x2, x3 and 1 more"),
@@ -555,7 +563,8 @@ CASES = {
     "two files for one id": (lambda r: save(r / "JPEGImages/im7.png", np.zeros((2, 2))), "",
                              "two files for one id"),
     "no weights": (None, "--weights {root}/absent.pth", "absent.pth: no such file"),
-    "no weights' file": (lambda r: replace(r / "w.pth", "hello"), "--weights {root}/w.pth", "w.pth: not a file of"),
+    "no weights' file": (lambda r: replace(r / "w.pth", "hello"), "--weights {root}/w.pth",
+                         "w.pth: not a file of"),
     "weights with code": (lambda r: code_file(r / "w.pth"), "--weights {root}/w.pth", "weights_only=True"),
     "other weights": (lambda r: torch.save({"conv1.weight": torch.zeros(1)}, r / "w.pth"),
                       "--weights {root}/w.pth", r"do not fit resnet18: layer conv1.weight should be \(64, 3"),

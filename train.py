@@ -11,10 +11,12 @@ import copy
 import fcntl
 import io
 import json
+import math
 import os
 import signal
 import sys
 import time
+import warnings
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -46,8 +48,8 @@ def train_step(student, teacher, optimizer, batch, iteration, args):
 
     student:  on its device, bare or under DDP; teacher: its average, in evaluation mode.
     batch:    this rank's share of the global batch, as TrainingDraws makes it, on the device.
-    Returns (scalars, gamma) on the device, which nothing here waits for: the values of METRICS, and
-    the hardness of the global batch, (B,), or None under --supervised.
+    Returns (scalars, gamma) on the device, which nothing here waits for (DDP may): the values of
+    METRICS, and the hardness of the global batch, (B,), or None under --supervised.
     """
     network = student.module if isinstance(student, DistributedDataParallel) else student
     autocast = torch.autocast(batch["x"].device.type, torch.bfloat16, enabled=args.amp)
@@ -102,7 +104,7 @@ def train_step(student, teacher, optimizer, batch, iteration, args):
             average_buffers(network)
         update_teacher(teacher, network, args.ema, iteration)
     spread = [0, 0] if gamma is None else [gamma.mean(), gamma.std(correction=0)]
-    scalars = [torch.as_tensor(v, dtype=torch.float32, device=loss.device)
+    scalars = [v.float() if torch.is_tensor(v) else torch.full((), v, device=loss.device, dtype=torch.float)
                for v in (*spread, confident, fired)]
     return torch.cat([torch.stack(losses).mean(0), torch.stack(scalars)]), gamma
 
@@ -139,8 +141,8 @@ def strong_views(batch, weak, labels, gamma, iteration, args):
             partner = hard_easy_pairs(gamma)
             fired = gamma.mean() > coin if args.as_printed else gamma.mean() < coin  # R2
         else:
-            partner = torch.from_numpy(rng.permutation(len(gamma))).to(gamma.device)
-            fired = torch.tensor(coin < 0.5, device=gamma.device)
+            partner = torch.from_numpy(rng.permutation(len(gamma))).to(gamma.device, non_blocking=True)
+            fired = torch.full((), coin < 0.5, device=gamma.device)
         masks = box_masks(boxes, size, size) & fired  # not fired: A^C(u) = A_w(u) (R7)
         mixed, mixed_labels = cutmix(gather(batch["weak"]), gather(labels), partner, masks)  # Eq. 9
         views.append((normalize(own(mixed)), own(mixed_labels)))
@@ -159,7 +161,7 @@ def supervised_loss(logits, labels, args):
     loss, seen = loss.flatten(), (labels != IGNORE).flatten()
     kept = min(100_000 // args.accumulate, len(loss))
     bound = loss.masked_fill(~seen, 0).topk(kept, sorted=True).values[-1]
-    hard = seen & (loss >= bound.clamp(max=-torch.log(torch.tensor(0.7, device=loss.device))))
+    hard = seen & (loss >= bound.clamp(max=-math.log(0.7)))
     return (loss * hard).sum() / hard.sum().clamp(min=1)
 
 
@@ -342,8 +344,8 @@ def check_arguments(args):
          f"images cannot be split so; "
          f"{', '.join(str(n) for n in range(1, share + 1) if share % n == 0)} would work")
     need(not args.supervised or share > args.accumulate or (args.cuda and ranks > 1),
-         f"--accumulate {args.accumulate}: leaves BatchNorm one image at a time; at least two are "
-         f"needed")
+         f"--batch-size {args.batch_size}: {ranks} ranks and --accumulate {args.accumulate} leave "
+         f"BatchNorm one image at a time, and it needs two")
 
 
 def train(args, device):
@@ -400,8 +402,8 @@ def train(args, device):
             run.validate(done, network, teacher, device)
         if done % args.checkpoint_every == 0 or done == args.iters:
             together(run.save, "last.pth", done, network, teacher, optimizer)
-    if rank() == 0:
-        print((run.folder / "result.txt").read_text(), end="")
+    result = run.folder / "result.txt"
+    say(result.read_text().rstrip() if result.exists() else f"finished; {result} has been removed")
 
 
 def check_data(args, data, labelled, unlabelled):
@@ -444,6 +446,7 @@ def build_networks(args, num_classes, device):
         lr=args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
     student = network.train()
     if world_size() > 1:
+        warnings.filterwarnings("ignore", ".*broadcast_buffers.*", FutureWarning)  # torch 2.6 has no other
         student = DistributedDataParallel(student, broadcast_buffers=False,
                                           gradient_as_bucket_view=True)
     return student, network, teacher, optimizer
@@ -483,17 +486,13 @@ class Run:
             else:
                 for name, ids in lists.items():
                     (self.folder / name).write_text("".join(f"{i}\n" for i in ids))
-                before.write_text(json.dumps(settings, indent=1))
+                before.with_suffix(".tmp").write_text(json.dumps(settings, indent=1))
+                os.replace(before.with_suffix(".tmp"), before)  # last: with it, the lists are whole
         except BlockingIOError:
             raise InputError(f"--out {self.folder}: another live run writes there; give another --out") \
                 from None
         except (OSError, json.JSONDecodeError) as error:
             raise InputError(f"--out {self.folder}: cannot be used ({error}); give another --out") from None
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-            self.board = SummaryWriter(self.folder / "tensorboard")
-        except ImportError:
-            pass
 
     def resume(self, student, teacher, optimizer):
         """Restore last.pth, if there is one, on all ranks. Returns the iteration to go on with."""
@@ -507,11 +506,23 @@ class Run:
                 size, log = state["log_sizes"][name] if state else 0, self.folder / name
                 if log.exists() and log.stat().st_size > size:
                     os.truncate(log, size)
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+                self.board = SummaryWriter(self.folder / "tensorboard",
+                                           purge_step=state["iteration"] + 1 if state else 0)
+            except ImportError:
+                pass
         if state is None:
             return 0
-        student.load_state_dict(state["student"])
-        teacher.load_state_dict(state["teacher"])
-        optimizer.load_state_dict(state["optimizer"])
+        try:
+            student.load_state_dict(state["student"])
+            teacher.load_state_dict(state["teacher"])
+            optimizer.load_state_dict(state["optimizer"])
+            if list(state["classes"]) != list(self.data.classes):
+                raise ValueError(f"its classes are {short_list(state['classes'])}")
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path}: not the last checkpoint of this run "
+                             f"({str(error).strip().splitlines()[-1].strip()}); give another --out") from None
         self.best, self.rows = state["best"], state["rows"]
         self.clock = time.time(), state["iteration"]
         say(f"goes on from iteration {state['iteration']} of {self.args.iters}")
@@ -615,12 +626,14 @@ class Run:
         """Mean IoU on val: of the teacher; after the last iteration of both, which is the result."""
         finished = done == self.args.iters
         models = (teacher, student) if finished else (teacher,)
+        torch.backends.cudnn.benchmark = False  # images of many sizes: a search for each would cost
         try:
             share = together(evaluate, models, self.data, device, self.args.window,
                              self.args.image_size, self.args.workers, self.args.amp)
         except InputError as error:
             raise RunError(f"{one_line(error)}; the same command goes on from the last "
                            f"checkpoint") from None
+        torch.backends.cudnn.benchmark = True
         confusions = sum_over_ranks(share)
         miou = [mean_iou(confusion)[0] for confusion in confusions]
         record = {"iteration": done, **dict(zip(("miou_teacher", "miou_student"), miou))}
@@ -636,10 +649,14 @@ class Run:
             table = iou_table(self.data.classes, {"teacher": confusions[0], "student": confusions[1]})
             text = (f"{table}\nThe result is the last iteration's. The teacher's best on val was "
                     f"{self.best['miou']:.2%}, after {self.best['iteration']}.\n")
-            (self.folder / "result.txt").write_text(text)
-            stack([picture for _, picture in panels([teacher], self.data, self.data.val[:8], device,
-                                                    self.args.window, self.args.image_size)],
-                  self.folder / "predictions.png")
+            pictures = panels([teacher], self.data, self.data.val[:8], device, self.args.window,
+                              self.args.image_size)
+            try:
+                (self.folder / "result.txt").write_text(text)
+                stack([picture for _, picture in pictures], self.folder / "predictions.png")
+            except OSError as error:
+                raise RunError(f"{self.folder}: cannot be written ({error}); make room, and the same "
+                               f"command goes on") from None
 
 
 def main(argv=None):
@@ -647,7 +664,10 @@ def main(argv=None):
     ended early, each with one line on stderr."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if local_rank >= torch.cuda.device_count():
+            sys.exit(f"train.py: --nproc_per_node: there are {torch.cuda.device_count()} GPUs here")
+        torch.cuda.set_device(local_rank)
         device = torch.device("cuda")
         torch.backends.cudnn.benchmark = True
     if "RANK" in os.environ:
