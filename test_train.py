@@ -678,3 +678,24 @@ def test_a_loader_process_that_dies_is_named(tmp_path):
     os.kill(int(children[0]), signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1 and len(errors.splitlines()) == 1 and "a loader process died" in errors
+
+
+@pytest.mark.parametrize("piece, use", [
+    ("model", "import torch; model.DeepLabV3Plus(3, 'resnet18', channels=16).eval()(torch.ones(1, 3, 32, 32))"),
+    ("hardness", "import torch; p = torch.rand(2, 3, 4, 4).softmax(1); hardness.instance_hardness(p, p, .5)"),
+    ("augment", "import torch; augment.hard_easy_pairs(torch.rand(4))")])
+def test_pieces_work_alone_in_an_empty_folder(tmp_path, piece, use):
+    shutil.copy(HERE / f"{piece}.py", tmp_path)
+    result = subprocess.run([sys.executable, "-c", f"import {piece}; {use}"], cwd=tmp_path,
+                            capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""})
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_readmes_ten_lines_add_hardness_to_a_loop():
+    code = re.search(r"```python\n(from hardness import .*?)```", (HERE / "README.md").read_text(), re.DOTALL)[1]
+    student, teacher = TinyNetwork(), TinyNetwork().eval()
+    loop = {"torch": torch, "student": student, "teacher": teacher, "tau": 0.3,
+            "rng": np.random.default_rng(0), "u_w": torch.randn(4, 3, 8, 8), "u_s": torch.randn(4, 3, 8, 8)}
+    exec(code, loop)
+    loop["loss_u"].backward()
+    assert 0 < loop["loss_u"] and student.conv.weight.grad.abs().sum() > 0
