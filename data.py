@@ -59,9 +59,9 @@ class Protocol:
 
 VOC = Protocol(data_root="data/voc", split="1_8")
 PROTOCOLS = {
-    "shapes": Protocol(data_root="", split="1_16", backbone="resnet18", channels=64, weights="none",
-                       crop_size=64, scale=(0.75, 1.5), batch_size=8, epochs=10, tau=0.8, ema=0.98,
-                       lr=0.03, encoder_lr=0.03, eval_every=2),
+    "shapes": Protocol(data_root="", split="1_8", backbone="resnet18", channels=64, weights="none",
+                       crop_size=64, scale=(0.75, 1.5), batch_size=8, epochs=15, tau=0.9, lambda_u=1,
+                       ema=0.98, lr=0.03, encoder_lr=0.03, eval_every=3),
     "voc": VOC,
     "voc_classic": VOC,
     "cityscapes": Protocol(data_root="data/cityscapes", split="1_8", crop_size=769, window=769,
@@ -453,7 +453,7 @@ def draw_shapes(name, size=Shapes.SIZE):
     part, number = name.split("_")
     rng = np.random.default_rng((part == "val", int(number)))
     hard = rng.random()
-    contrast, noise = 120 - 85 * hard, 4 + 20 * hard
+    contrast, noise = 120 - 70 * hard, 4 + 12 * hard
     ground = rng.uniform(70, 185, 3)
     image = Image.new("RGB", (size, size), colour(ground))
     mask = Image.new("L", (size, size), 0)
@@ -465,7 +465,7 @@ def draw_shapes(name, size=Shapes.SIZE):
                                        colour(shade), width=1)
 
     clutter(int(6 * hard))
-    for _ in range(rng.integers(1, 3 + round(hard))):
+    for _ in range(rng.integers(2, 4 + round(hard))):
         label = int(rng.integers(1, len(SHAPES_CLASSES)))
         outline, painted = shape_masks(SHAPES_CLASSES[label], size, rng)
         sign = rng.choice([-1, 1])

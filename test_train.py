@@ -345,7 +345,7 @@ def test_the_command_trains_validates_and_leaves_its_results(finished):
     assert len(hardness) == 6 * 4 and all(0 <= float(gamma) <= 1 for *_, gamma in hardness)
     labelled = (out / "labelled.txt").read_text().split()
     unlabelled = (out / "unlabelled.txt").read_text().split()
-    assert len(labelled) == 25 and not set(labelled) & set(unlabelled)
+    assert len(labelled) == 50 and not set(labelled) & set(unlabelled)
     assert {name for _, name, _ in hardness} <= set(unlabelled)
     assert json.loads((out / "settings.json").read_text())["tau"] == 0.3
 
