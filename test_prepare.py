@@ -19,8 +19,6 @@ from torchvision.datasets.voc import DATASET_YEAR_DICT
 import data
 import prepare
 
-scipy_io = pytest.importorskip("scipy.io", reason="SBD's masks are .mat files")
-
 TRAIN, VAL = ["both", "voc_only"], ["val_voc", "val_both"]
 SBD = {"train": ["both", "sbd_1", "val_both"], "val": ["sbd_2"]}
 BLENDED = ["both", "sbd_1", "sbd_2", "voc_only"]
@@ -43,6 +41,7 @@ def index_png(labels, path):
 @pytest.fixture(scope="module")
 def archives(tmp_path_factory):
     """VOC's .tar and SBD's .tgz: the published layout, with six photographs."""
+    scipy_io = pytest.importorskip("scipy.io", reason="SBD's masks are .mat files")
     tree = tmp_path_factory.mktemp("tree")
     voc, sbd = tree / "VOCdevkit" / "VOC2012", tree / "benchmark_RELEASE" / "dataset"
     for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
@@ -349,7 +348,7 @@ def test_a_mat_file_that_holds_something_else(server, tmp_path):
     with tarfile.open(server.folder / "sbd.tgz") as tar:
         tar.extractall(tmp_path)
     mat = tmp_path / "benchmark_RELEASE/dataset/cls/sbd_1.mat"
-    scipy_io.savemat(mat, {"GTcls": {"Segmentation": np.full((2, 2), 77, np.uint8)}})
+    sys.modules["scipy.io"].savemat(mat, {"GTcls": {"Segmentation": np.full((2, 2), 77, np.uint8)}})
     refused(tmp_path, mat, "21 classes")
     mat.write_bytes(b"no mat file")
     refused(tmp_path, mat, "cannot be read")
