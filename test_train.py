@@ -614,6 +614,18 @@ def test_a_folder_of_other_settings_is_refused_and_they_are_named(finished, caps
     assert (out / "last.pth").read_bytes() == before
 
 
+@pytest.mark.parametrize("change", [{"classes": ["a"] * 6}, {"optimizer": None}, {"student": {}}])
+def test_a_last_checkpoint_of_another_run_is_refused_and_its_logs_are_kept(finished, tmp_path, capsys, change):
+    out = tmp_path / "out"
+    shutil.copytree(finished[0], out)
+    torch.save(torch.load(out / "last.pth", weights_only=True) | change, out / "last.pth")
+    before = (out / "metrics.jsonl").read_text()
+    with pytest.raises(SystemExit) as end:
+        train.main([*TINY, "--iters", "6", "--out", str(out)])
+    assert end.value.code == 2 and "last.pth: not the last checkpoint of this run" in capsys.readouterr().err
+    assert (out / "metrics.jsonl").read_text() == before
+
+
 def test_a_checkpoint_of_another_data_set_is_refused(finished, tmp_path):
     out, _ = finished
     state = torch.load(out / "last.pth", weights_only=True)
@@ -681,7 +693,8 @@ def test_a_loader_process_that_dies_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("piece, use", [
-    ("model", "import torch; model.DeepLabV3Plus(3, 'resnet18', channels=16).eval()(torch.ones(1, 3, 32, 32))"),
+    ("model", "import torch; "
+              "model.DeepLabV3Plus(3, 'resnet18', channels=16).eval()(torch.ones(1, 3, 32, 32))"),
     ("hardness", "import torch; p = torch.rand(2, 3, 4, 4).softmax(1); hardness.instance_hardness(p, p, .5)"),
     ("augment", "import torch; augment.hard_easy_pairs(torch.rand(4))")])
 def test_pieces_work_alone_in_an_empty_folder(tmp_path, piece, use):
@@ -692,7 +705,8 @@ def test_pieces_work_alone_in_an_empty_folder(tmp_path, piece, use):
 
 
 def test_the_readmes_ten_lines_add_hardness_to_a_loop():
-    code = re.search(r"```python\n(from hardness import .*?)```", (HERE / "README.md").read_text(), re.DOTALL)[1]
+    readme = (HERE / "README.md").read_text()
+    code = re.search(r"```python\n(from hardness import .*?)```", readme, re.DOTALL)[1]
     student, teacher = TinyNetwork(), TinyNetwork().eval()
     loop = {"torch": torch, "student": student, "teacher": teacher, "tau": 0.3,
             "rng": np.random.default_rng(0), "u_w": torch.randn(4, 3, 8, 8), "u_s": torch.randn(4, 3, 8, 8)}

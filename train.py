@@ -501,32 +501,32 @@ class Run:
         if world_size() > 1:
             dist.broadcast_object_list(state)
         state, = state
-        if rank() == 0:
-            for name in self.LOGS:
-                size, log = state["log_sizes"][name] if state else 0, self.folder / name
-                if log.exists() and log.stat().st_size > size:
-                    os.truncate(log, size)
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-                self.board = SummaryWriter(self.folder / "tensorboard",
-                                           purge_step=state["iteration"] + 1 if state else 0)
-            except ImportError:
-                pass
-        if state is None:
-            return 0
+        sizes, start = {}, 0
         try:
-            student.load_state_dict(state["student"])
-            teacher.load_state_dict(state["teacher"])
-            optimizer.load_state_dict(state["optimizer"])
-            if list(state["classes"]) != list(self.data.classes):
-                raise ValueError(f"its classes are {short_list(state['classes'])}")
+            if state is not None:
+                student.load_state_dict(state["student"])
+                teacher.load_state_dict(state["teacher"])
+                optimizer.load_state_dict(state["optimizer"])
+                if list(state["classes"]) != list(self.data.classes):
+                    raise ValueError(f"its classes are {short_list(state['classes'])}")
+                self.best, self.rows = state["best"], state["rows"]
+                sizes, start = state["log_sizes"], state["iteration"]
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path}: not the last checkpoint of this run "
                              f"({str(error).strip().splitlines()[-1].strip()}); give another --out") from None
-        self.best, self.rows = state["best"], state["rows"]
-        self.clock = time.time(), state["iteration"]
-        say(f"goes on from iteration {state['iteration']} of {self.args.iters}")
-        return state["iteration"]
+        self.clock = time.time(), start
+        if rank() == 0:
+            for log in (self.folder / name for name in self.LOGS):
+                if log.exists() and log.stat().st_size > sizes.get(log.name, 0):
+                    os.truncate(log, sizes.get(log.name, 0))
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+                self.board = SummaryWriter(self.folder / "tensorboard", purge_step=start + 1)
+            except ImportError:
+                pass
+        if start:
+            say(f"goes on from iteration {start} of {self.args.iters}")
+        return start
 
     def record(self, iteration, scalars, gamma):
         """Keep what an iteration measured, on the device: reading it would wait for the device."""
