@@ -615,7 +615,7 @@ def test_a_folder_of_other_settings_is_refused_and_they_are_named(finished, caps
 
 
 @pytest.mark.parametrize("change", [{"classes": ["a"] * 6}, {"optimizer": None}, {"student": {}}])
-def test_a_last_checkpoint_of_another_run_is_refused_and_its_logs_are_kept(finished, tmp_path, capsys, change):
+def test_another_runs_checkpoint_is_refused_and_the_logs_are_kept(finished, tmp_path, capsys, change):
     out = tmp_path / "out"
     shutil.copytree(finished[0], out)
     torch.save(torch.load(out / "last.pth", weights_only=True) | change, out / "last.pth")
