@@ -268,10 +268,10 @@ def test_protocols_are_those_of_section_5():
     assert (scratch.encoder_lr, scratch.lr) == (0.02, 0.02)
 
 
-def compute_views(rank, world, port, out):
+def compute_views(rank, world, out):
     """One rank's strong views of a global batch of 4, with hardness given."""
     if world > 1:
-        torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank,
+        torch.distributed.init_process_group("gloo", f"file://{out}/meet-{world}", rank=rank,
                                              world_size=world)
     g = torch.Generator().manual_seed(0)
     weak = torch.randint(0, 256, (4, 3, 16, 16), generator=g, dtype=torch.uint8)
@@ -289,12 +289,11 @@ def compute_views(rank, world, port, out):
 def test_pairs_coin_and_boxes_are_the_global_batchs_on_any_number_of_ranks(tmp_path):
     # R11: the shares of 2 and of 4 ranks, side by side, are what one process makes.
     context = multiprocessing.get_context("spawn")
-    compute_views(0, 1, None, tmp_path)
+    compute_views(0, 1, tmp_path)
     whole = torch.load(tmp_path / "1-0.pt")
     assert 0 < sum(bool(fired) for *_, fired in whole) < 12
     for world in (2, 4):
-        port = 20000 + random.randrange(20000)
-        ranks = [context.Process(target=compute_views, args=(r, world, port, tmp_path))
+        ranks = [context.Process(target=compute_views, args=(r, world, tmp_path))
                  for r in range(world)]
         [p.start() for p in ranks]
         [p.join(60) for p in ranks]
