@@ -694,6 +694,7 @@ def main(argv=None):
         os._exit(1)
     if dist.is_initialized():
         dist.destroy_process_group()
+    os._exit(0)  # leaves no loader process to wait for
 
 
 if __name__ == "__main__":
