@@ -34,16 +34,13 @@ def weighted_iou(z1, z2, num_classes, valid=None, ignore_class=None):
     image that holds no other class has wIoU 0. The authors' code does so with class 0.
     """
     B, C = len(z1), num_classes
-    z1, z2 = z1.flatten(1).long(), z2.flatten(1).long()
-    if valid is not None:  # padding is counted in a class of its own, C, and left out below
-        padding = ~valid.flatten(1)
-        z1, z2 = z1.masked_fill(padding, C), z2.masked_fill(padding, C)
-
-    def pixels(classes, where=None):
-        counted = torch.ones_like(classes) if where is None else where.long()
-        return classes.new_zeros(B, C + 1).scatter_add_(1, classes, counted)[:, :C].float()
-
-    area1, area2, intersection = pixels(z1), pixels(z2), pixels(z1, where=z1 == z2)
+    pair = (z1.long() * C + z2).flatten(1)
+    counted = torch.ones_like(pair)
+    if valid is not None:  # padding counts nowhere, whatever class stands there
+        counted = valid.flatten(1).long()
+        pair = pair * counted
+    pixels = pair.new_zeros(B, C * C).scatter_add_(1, pair, counted).view(B, C, C).float()
+    area1, area2, intersection = pixels.sum(2), pixels.sum(1), pixels.diagonal(dim1=1, dim2=2)
     iou = intersection / (area1 + area2 - intersection).clamp(min=1)
     if ignore_class is not None:
         area1[:, ignore_class] = 0
@@ -57,10 +54,10 @@ def instance_hardness(prob_t, prob_s, tau, valid=None, ignore_class=None):
     -> (B,) in [0, 1], large for hard: 1 where nothing is confident, nothing overlaps or all is
     padding; 0 where both agree everywhere at full confidence. Symmetric in its two arguments.
     """
-    rho_s = confident_ratio(prob_s, tau, valid)
-    rho_t = confident_ratio(prob_t, tau, valid)
-    # max().indices is argmax, four times as fast on a CPU
-    z_s, z_t, C = prob_s.max(1).indices, prob_t.max(1).indices, prob_s.shape[1]
+    C = prob_s.shape[1]
+    (p_s, z_s), (p_t, z_t) = prob_s.max(1), prob_t.max(1)
+    rho_s = confident_ratio(p_s[:, None], tau, valid)  # the maximum of a maximum is itself
+    rho_t = confident_ratio(p_t[:, None], tau, valid)
     gamma = 1 - (rho_s / 2 * weighted_iou(z_s, z_t, C, valid, ignore_class)
                  + rho_t / 2 * weighted_iou(z_t, z_s, C, valid, ignore_class))
     return gamma.clamp(0, 1)

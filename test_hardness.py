@@ -97,6 +97,13 @@ def test_padding_changes_nothing(measure):
     assert measure(prob_t, prob_s, torch.zeros(3, 6, 7, dtype=torch.bool)).tolist() == [1, 1, 1]
 
 
+def test_wiou_takes_any_label_where_nothing_is_valid():
+    z1 = torch.tensor([[[0, 1, 255]]], dtype=torch.uint8)
+    z2 = torch.tensor([[[0, 0, 255]]], dtype=torch.uint8)
+    # Of z1's two valid pixels one is class 0, with IoU 1/2; class 1 has IoU 0.
+    assert weighted_iou(z1, z2, 2, z1 != 255).tolist() == [0.25]
+
+
 def test_ignore_class_makes_a_crop_of_background_maximally_hard():
     background = one_hot(torch.zeros(1, 4, 4, dtype=torch.long), 3)
     assert instance_hardness(background, background, 0.9).item() == 0
