@@ -3,7 +3,10 @@
     python docs/evidence.py --rows table4 fig3a variants --seeds 3 --jobs 2
     python docs/evidence.py --rows camvid --seeds 1 --data-root ../shared/camvid
 
-Each run is the real command, in runs/evidence/ROW-SEED; what is finished is not run again.
+Each run is the real command, in runs/evidence/ROW-SEED; what is finished is not run again. gamma,
+confident share and CutMix are means over the last tenth of the log. "right" is the share of the
+teacher's final pseudo-labels that are, by the masks of the unlabelled images, which training does
+not see.
 """
 
 import argparse
@@ -16,7 +19,16 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-TRAIN = Path(__file__).resolve().parent.parent / "train.py"
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from augment import weak_augment  # noqa: E402
+from data import IGNORE, normalize, open_data, picture_to_tensor  # noqa: E402
+from evaluate import load_model  # noqa: E402
+from hardness import pseudo_label  # noqa: E402
+
 STANDARD = "--loss standard --intensity standard --cutmix standard"
 CAMVID = ("--dataset custom --split 1_8 --weights none --backbone resnet18 --channels 64 --image-size "
           "160 --crop-size 96 --batch-size 8 --tau 0.7 --lr 0.03 --ema 0.99 --iters 1200 --eval-every 5")
@@ -42,24 +54,43 @@ GROUPS = {
 }
 
 
+@torch.inference_mode()
+def pseudo_label_accuracy(out):
+    """The share of a finished run's pseudo-labels, on its unlabelled images, that are right."""
+    teacher, checkpoint = load_model(out / "last.pth")
+    settings = checkpoint["settings"]
+    data = open_data(settings["dataset"], settings["data_root"])
+    right = kept = 0
+    for name in sorted({*data.train} - {*(out / "labelled.txt").read_text().split()}):
+        image = data.image(name)
+        image, mask = weak_augment(image, data.mask(name), max(image.size), np.random.default_rng(0),
+                                   (1, 1), settings["image_size"])  # as a whole
+        truth = picture_to_tensor(mask)
+        label = pseudo_label(teacher(normalize(picture_to_tensor(image)[None])).softmax(1),
+                             settings["tau"])[0]
+        counted = (label != IGNORE) & (truth != IGNORE)
+        right, kept = right + (label == truth)[counted].sum().item(), kept + counted.sum().item()
+    return right / max(kept, 1)
+
+
 def run(row, flags, seed, args):
     out = args.out / f"{row.replace(' ', '_').replace(',', '')}-{seed}"
     record = out / "evidence.json"
     if not record.exists():
-        command = [sys.executable, TRAIN, *flags.split(), "--seed", str(seed), "--out", out,
+        command = [sys.executable, ROOT / "train.py", *flags.split(), "--seed", str(seed), "--out", out,
                    *(["--data-root", args.data_root] if args.data_root else [])]
         began = time.time()
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL,
                        env=os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // args.jobs))})
-        record.write_text(json.dumps({"seconds": time.time() - began}))
+        record.write_text(json.dumps({"seconds": time.time() - began,
+                                      "right": pseudo_label_accuracy(out)}))
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     trained = [line for line in lines if "loss" in line]
     late = trained[-max(1, len(trained) // 10):]
     mean = lambda name: statistics.mean(line[name] for line in late)
     return {"teacher": 100 * lines[-1]["miou_teacher"], "student": 100 * lines[-1]["miou_student"],
             "iterations": trained[-1]["iteration"], "gamma": mean("hardness_mean"),
-            "confident": mean("confident"), "cutmix": mean("cutmix"),
-            "seconds": json.loads(record.read_text())["seconds"]}
+            "confident": mean("confident"), "cutmix": mean("cutmix"), **json.loads(record.read_text())}
 
 
 def main():
@@ -71,20 +102,23 @@ def main():
     parser.add_argument("--data-root")
     parser.add_argument("--out", type=Path, default=Path("runs/evidence"))
     args = parser.parse_args()
+    torch.set_num_threads(1)
     rows = {row: flags for group in args.rows for row, flags in GROUPS[group].items()
             if not args.only or row in args.only}
     with ThreadPoolExecutor(args.jobs) as pool:
         # Seed by seed, so that what is stopped early holds all rows.
         done = {(row, seed): pool.submit(run, row, flags, seed, args)
                 for seed in range(args.seeds) for row, flags in rows.items()}
-    print("| row | seeds | teacher mIoU | student mIoU | gamma | confident | CutMix fired | s a run |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| row | seeds | teacher mIoU | student mIoU | gamma | confident | "
+          "right | CutMix fired | s a run |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for row in rows:
         results = [done[row, seed].result() for seed in range(args.seeds)]
         column = lambda name: [result[name] for result in results]
         spread = lambda name: (f"{statistics.mean(column(name)):.1f}" + (
             f" ± {statistics.stdev(column(name)):.1f}" if len(results) > 1 else ""))
-        means = [f"{statistics.mean(column(name)):.2f}" for name in ("gamma", "confident", "cutmix")]
+        means = [f"{statistics.mean(column(name)):.2f}"
+                 for name in ("gamma", "confident", "right", "cutmix")]
         print(f"| {row} | {len(results)} | {spread('teacher')} | {spread('student')} | "
               f"{' | '.join(means)} | {statistics.mean(column('seconds')):.0f} |")
 
