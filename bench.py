@@ -315,8 +315,9 @@ def bench_loader(args, settings, photographs, device):
     keys = [[(iteration, place) for place in range(16)] for iteration in range(3)]
     for kind, ours in (("labelled", draws.labelled_item), ("unlabelled", draws.unlabelled_item)):
         loaders = [torch.utils.data.DataLoader(Items(make), batch_sampler=keys, num_workers=1,
-                                               persistent_workers=True)
-                   for make in (ours, partial(usual_item, draws, kind == "labelled"))]
+                                               persistent_workers=True, collate_fn=collate)
+                   for make, collate in ((ours, data.stack_items),
+                                         (partial(usual_item, draws, kind == "labelled"), None))]
         ours_s, usual_s = time_in_turn(device, args.repeats,
                                        *(partial(list, loader) for loader in loaders))
         row(f"loader, {kind}", 48 / ours_s, "/s", f"one worker process, crop {args.loader_crop}")

@@ -33,18 +33,40 @@ def weighted_iou(z1, z2, num_classes, valid=None, ignore_class=None):
     ignore_class: a class that weighs nothing; the shares are then taken among the others, and an
     image that holds no other class has wIoU 0. The authors' code does so with class 0.
     """
+    return share_weighted_iou(count_pairs(z1, z2, num_classes, valid), ignore_class)
+
+
+def count_pairs(z1, z2, num_classes, valid=None):
+    """How many (valid) pixels are class i in z1 and class j in z2: (B, H, W) twice -> (B, C, C)."""
     B, C = len(z1), num_classes
     pair = (z1.long() * C + z2).flatten(1)
     counted = torch.ones_like(pair)
     if valid is not None:  # padding counts nowhere, whatever class stands there
         counted = valid.flatten(1).long()
         pair = pair * counted
-    pixels = pair.new_zeros(B, C * C).scatter_add_(1, pair, counted).view(B, C, C).float()
+    return pair.new_zeros(B, C * C).scatter_add_(1, pair, counted).view(B, C, C).float()
+
+
+def share_weighted_iou(pixels, ignore_class=None):
+    """wIoU(z1, z2) from what count_pairs counts; that of (z2, z1) from its transpose."""
     area1, area2, intersection = pixels.sum(2), pixels.sum(1), pixels.diagonal(dim1=1, dim2=2)
     iou = intersection / (area1 + area2 - intersection).clamp(min=1)
     if ignore_class is not None:
         area1[:, ignore_class] = 0
     return (area1 * iou).sum(1) / area1.sum(1).clamp(min=1)
+
+
+def top_class(prob):
+    """The highest probability of each pixel and its class, the first of equal ones.
+
+    prob (B, C, H, W) -> (confidence (B, 1, H, W), labels (B, H, W) uint8). It is prob.max(1), whose
+    search for the index is slow on a CPU. Needs C <= 255.
+    """
+    C = prob.shape[1]
+    confidence = prob.amax(1, keepdim=True)
+    countdown = torch.arange(C, 0, -1, dtype=torch.uint8, device=prob.device)[:, None, None]
+    first = ((prob == confidence).view(torch.uint8) * countdown).amax(1)
+    return confidence, C - first.clamp(min=1)  # nan equals nothing, and is given the last class
 
 
 def instance_hardness(prob_t, prob_s, tau, valid=None, ignore_class=None):
@@ -54,12 +76,12 @@ def instance_hardness(prob_t, prob_s, tau, valid=None, ignore_class=None):
     -> (B,) in [0, 1], large for hard: 1 where nothing is confident, nothing overlaps or all is
     padding; 0 where both agree everywhere at full confidence. Symmetric in its two arguments.
     """
-    C = prob_s.shape[1]
-    (p_s, z_s), (p_t, z_t) = prob_s.max(1), prob_t.max(1)
-    rho_s = confident_ratio(p_s[:, None], tau, valid)  # the maximum of a maximum is itself
-    rho_t = confident_ratio(p_t[:, None], tau, valid)
-    gamma = 1 - (rho_s / 2 * weighted_iou(z_s, z_t, C, valid, ignore_class)
-                 + rho_t / 2 * weighted_iou(z_t, z_s, C, valid, ignore_class))
+    (p_s, z_s), (p_t, z_t) = top_class(prob_s), top_class(prob_t)
+    rho_s = confident_ratio(p_s, tau, valid)  # the maximum of a maximum is itself
+    rho_t = confident_ratio(p_t, tau, valid)
+    pixels = count_pairs(z_s, z_t, prob_s.shape[1], valid)
+    gamma = 1 - (rho_s / 2 * share_weighted_iou(pixels, ignore_class)  # wIoU(p^s, p^t)
+                 + rho_t / 2 * share_weighted_iou(pixels.mT, ignore_class))  # wIoU(p^t, p^s)
     return gamma.clamp(0, 1)
 
 
@@ -91,9 +113,9 @@ def pseudo_label(prob_t, tau, valid=None):
 
     prob_t (B, C, H, W) -> (B, H, W) uint8. Needs C <= 255.
     """
-    confidence, labels = prob_t.max(1)
-    keep = confidence >= tau if valid is None else (confidence >= tau) & valid
-    return labels.to(torch.uint8).masked_fill_(~keep, IGNORE)
+    confidence, labels = top_class(prob_t)
+    keep = confidence.squeeze(1) >= tau
+    return labels.masked_fill(~keep if valid is None else ~(keep & valid), IGNORE)
 
 
 def unsupervised_loss(logits, pseudo_labels, hardness):

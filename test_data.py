@@ -215,7 +215,7 @@ def draws(**options):
     shapes = Shapes()
     labelled, unlabelled = split_ids(shapes, "shapes", "1_16")
     return TrainingDraws(shapes, **{"labelled": labelled, "unlabelled": unlabelled, "batch_size": 4,
-                                    "crop_size": 48, "seed": 3, **options})
+                                    "crop_size": 24, "seed": 3, **options})
 
 
 def same(a, b):
@@ -225,14 +225,16 @@ def same(a, b):
 def test_batches_are_uint8_and_padding_is_marked():
     batch = next(training_batches(draws(), range(4), 0, 1, workers=0))
     assert {name: (t.dtype, tuple(t.shape)) for name, t in batch.items()} == {
-        "x": (torch.uint8, (4, 3, 48, 48)), "y": (torch.uint8, (4, 48, 48)),
-        "weak": (torch.uint8, (4, 3, 48, 48)), "strong": (torch.uint8, (4, 3, 48, 48)),
-        "valid": (torch.bool, (4, 48, 48))}
+        "x": (torch.uint8, (4, 3, 24, 24)), "y": (torch.uint8, (4, 24, 24)),
+        "weak": (torch.uint8, (4, 3, 24, 24)), "strong": (torch.uint8, (4, 3, 24, 24)),
+        "valid": (torch.bool, (4, 24, 24))}
     items = [draws(scale=(0.5, 0.5))[0, place] for place in range(4)]
-    for item in items:  # 64-pixel images at half size in a crop of 48
-        assert item["valid"][:32, :32].all() and item["valid"].sum() == 32 * 32
-        assert (item["y"][32:] == IGNORE).all() and (item["y"][:, 32:] == IGNORE).all()
-        assert (item["y"][:32, :32] != IGNORE).all()
+    for item in items:  # 32-pixel images at half size in a crop of 24
+        assert item["valid"][:16, :16].all() and item["valid"].sum() == 16 * 16
+        assert (item["y"][16:] == IGNORE).all() and (item["y"][:, 16:] == IGNORE).all()
+        assert (item["y"][:16, :16] != IGNORE).all()
+    for name in items[0]:  # and items are stacked as they are
+        assert batch[name].equal(torch.stack([draws()[0, place][name] for place in range(4)]))
 
 
 def test_draws_depend_on_seed_iteration_and_place_alone():

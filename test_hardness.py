@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hardness import (IGNORE, confidence_hardness, confident_ratio, instance_hardness, loss_hardness,
-                      pseudo_label, unsupervised_loss, weighted_iou)
+                      pseudo_label, top_class, unsupervised_loss, weighted_iou)
 
 
 def one_hot(classes, num_classes, confidence=1.0):
@@ -48,6 +48,16 @@ def test_hardness_of_a_2x2_image():
     prob_t = one_hot([[[0, 0], [1, 1]]], 3, 0.95)
     prob_t[0, :, 0, 0] = torch.tensor([0.5, 0.3, 0.2])
     assert instance_hardness(prob_t, prob_s, 0.9).tolist() == pytest.approx([15 / 32])
+
+
+def test_top_class_is_the_maximum_and_the_first_place_of_it():
+    prob = random_prob(B=4, C=21)
+    prob[0, 7] = prob[0, 3] = 1  # two equal ones: the first
+    confidence, labels = top_class(prob)
+    assert confidence.squeeze(1).equal(prob.amax(1)) and labels.tolist() == prob.argmax(1).tolist()
+    assert (labels[0] == 3).all()
+    # What has diverged is still given a class, which indexing on a GPU needs.
+    assert (top_class(torch.full((1, 5, 2, 2), math.nan))[1] == 4).all()
 
 
 def test_rho_of_the_student_pairs_with_the_students_own_shares():
