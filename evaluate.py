@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from data import (IGNORE, IMAGE_SUFFIXES, InputError, ignore_signals, normalize, open_data,
                   open_photograph, picture_to_tensor, problems, short_list, unreadable)
@@ -206,13 +206,16 @@ def colourize(labels, palette):
 
 
 def panel(image, *maps, palette):
-    """A photograph (3, H, W), uint8, and class maps (H, W) side by side (Fig. 3b), as Pillow RGB."""
+    """A photograph (3, H, W), uint8, and class maps (H, W) side by side (Fig. 3b), as Pillow RGB.
+
+    Images of less than 128 pixels a side are enlarged, so that there is something to see.
+    """
     parts = [Image.fromarray(image.permute(1, 2, 0).cpu().numpy())]
     parts += [colourize(labels.cpu(), palette).convert("RGB") for labels in maps]
     row = Image.new("RGB", (sum(p.width for p in parts) + 4 * (len(parts) - 1), parts[0].height), "white")
     for i, part in enumerate(parts):
         row.paste(part, (i * (part.width + 4), 0))
-    return row
+    return ImageOps.scale(row, max(1, 128 // max(image.shape[1:])), Image.Resampling.NEAREST)
 
 
 @torch.inference_mode()
