@@ -28,6 +28,7 @@ import torchvision
 from PIL import Image, ImageFilter, ImageOps
 from torch import nn
 from torch.profiler import record_function
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import functional as TF
 
 import augment
@@ -35,7 +36,7 @@ import data
 import train
 from evaluate import evaluate
 from hardness import instance_hardness
-from model import BACKBONES
+from model import BACKBONES, DeepLabV3Plus
 
 
 def time_in_turn(device, repeats, *functions):
@@ -207,6 +208,23 @@ def bench_step(args, settings, photographs, device):
     if args.compile:
         row("first step", [first], "s", "with compiling")
     return np.median(seconds[0] / seconds[1])
+
+
+def bench_flops(args, settings, photographs, device):
+    """The floating-point operations of the floor's passes, counted on tensors without content."""
+    def per_image(*, gradient):
+        with FlopCounterMode(display=False) as counter:
+            logits = network.train(gradient)(images)
+            if gradient:
+                logits.sum().backward()
+        return counter.get_total_flops() / len(images)
+
+    with torch.device("meta"):
+        network = DeepLabV3Plus(len(photographs.classes), args.backbone, args.output_stride,
+                                args.channels)
+        images = torch.empty(2, 3, args.crop_size, args.crop_size)
+    count = args.batch_size * (2 * per_image(gradient=False) + 3 * per_image(gradient=True))
+    row("network, counted", [count / 1e12], "TFLOP", "of a step, whatever the device")
 
 
 def bench_doubling(args, settings, photographs, device):
@@ -390,7 +408,7 @@ def make_up_photographs(folder, count=36):
     (folder / "class_names.txt").write_text("\n".join(data.VOC_CLASSES))
 
 
-SECTIONS = {"step": bench_step, "memory": bench_memory, "loader": bench_loader,
+SECTIONS = {"step": bench_step, "flops": bench_flops, "memory": bench_memory, "loader": bench_loader,
             "hardness": bench_hardness, "evaluation": bench_evaluation, "doubling": bench_doubling}
 
 

@@ -39,8 +39,8 @@ def test_the_command_prints_every_section_and_ends_with_the_ratio():
     names = [re.split(r"\s{2,}", line.strip())[0] for line in lines]
     for name in ("load wait", "copy to device", "no-gradient passes", "hardness", "augmentation",
                  "student forward", "loss", "backward", "optimizer", "teacher", "step",
-                 "network (the floor)", "images", "peak memory of a step", "loader, labelled",
-                 "loader, unlabelled", "NumPy / hardness", "evaluation", "around the network",
+                 "network (the floor)", "images", "network, counted", "peak memory of a step",
+                 "loader, labelled", "loader, unlabelled", "NumPy / hardness", "evaluation", "around the network",
                  "step at 2 + 2", "step at 16 + 16"):
         assert name in names
     assert max(map(len, lines)) <= 100
