@@ -6,7 +6,7 @@
 Each run is the real command, in runs/evidence/ROW-SEED, where it leaves about 250 MB; what is finished
 is not run again. gamma, confident share and CutMix are means over the last tenth of the log. "right"
 is the share of the teacher's final pseudo-labels that are, by the masks of the unlabelled images,
-which training does not see.
+which training does not see; beside it, that of the easiest and of the hardest quarter of them.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from hardness import pseudo_label  # noqa: E402
 STANDARD = "--loss standard --intensity standard --cutmix standard"
 CAMVID = ("--dataset custom --split 1_8 --weights none --backbone resnet18 --channels 64 --image-size "
           "128 --crop-size 64 --batch-size 8 --lr 0.03 --ema 0.99 --iters 1200 --eval-every 5")
+RIGHT = ("right", "right_easiest", "right_hardest")
 GROUPS = {
     "table4": {
         "supervised": "--supervised",
@@ -56,12 +57,15 @@ GROUPS = {
 
 @torch.inference_mode()
 def pseudo_label_accuracy(out):
-    """The share of a finished run's pseudo-labels, on its unlabelled images, that are right."""
+    """Shares of a finished run's pseudo-labels, on its unlabelled images, that are right: of all of
+    them, of the easiest quarter of the images by their last gamma, and of the hardest quarter."""
     teacher, checkpoint = load_model(out / "last.pth")
     settings = checkpoint["settings"]
     data = open_data(settings["dataset"], settings["data_root"])
-    right = kept = 0
-    for name in sorted({*data.train} - {*(out / "labelled.txt").read_text().split()}):
+    logged = (line.split(",") for line in (out / "hardness.csv").read_text().splitlines())
+    gamma = {name: float(value) for _, name, value in logged}
+    counts = []  # right and all pseudo-labels of an image, from the easiest to the hardest
+    for name in sorted(gamma, key=gamma.get):
         image = data.image(name)
         image, mask = weak_augment(image, data.mask(name), max(image.size), np.random.default_rng(0),
                                    (1, 1), settings["image_size"])  # as a whole
@@ -69,8 +73,10 @@ def pseudo_label_accuracy(out):
         label = pseudo_label(teacher(normalize(picture_to_tensor(image)[None])).softmax(1),
                              settings["tau"])[0]
         counted = (label != IGNORE) & (truth != IGNORE)
-        right, kept = right + (label == truth)[counted].sum().item(), kept + counted.sum().item()
-    return right / max(kept, 1)
+        counts.append([(label == truth)[counted].sum().item(), counted.sum().item()])
+    quarter = len(counts) // 4
+    sums = [np.sum(part, axis=0) for part in (counts, counts[:quarter], counts[-quarter:])]
+    return [right / max(kept, 1) for right, kept in sums]
 
 
 def run(row, flags, seed, args):
@@ -82,23 +88,24 @@ def run(row, flags, seed, args):
         began = time.time()
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL,
                        env=os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // args.jobs))})
-        record.write_text(json.dumps({"seconds": time.time() - began,
-                                      "right": pseudo_label_accuracy(out)}))
+        found = {"seconds": time.time() - began}
+        if (out / "hardness.csv").exists():
+            found |= zip(RIGHT, pseudo_label_accuracy(out))
+        record.write_text(json.dumps(found))
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     trained = [line for line in lines if "loss" in line]
     late = trained[-max(1, len(trained) // 10):]
     mean = lambda name: statistics.mean(line[name] for line in late)
     return {"teacher": 100 * lines[-1]["miou_teacher"], "student": 100 * lines[-1]["miou_student"],
-            "iterations": trained[-1]["iteration"], "gamma": mean("hardness_mean"),
-            "confident": mean("confident"), "cutmix": mean("cutmix"), **json.loads(record.read_text())}
+            "gamma": mean("hardness_mean"), "confident": mean("confident"), "cutmix": mean("cutmix"),
+            **json.loads(record.read_text())}
 
 
 def main():
     parser = argparse.ArgumentParser(description="Run and tabulate comparisons of settings.")
     parser.add_argument("--rows", nargs="+", choices=GROUPS, default=["table4"], help="groups of rows")
     parser.add_argument("--only", nargs="+", metavar="ROW", help="of these groups, only these rows")
-    parser.add_argument("--seeds", type=int, default=3,
-                        help="seeds 1, 2, ... of each row; the settings were tried on seed 0")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 1, 2, ... of each row")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, sharing the cores")
     parser.add_argument("--data-root")
     parser.add_argument("--out", type=Path, default=Path("runs/evidence"))
@@ -111,18 +118,19 @@ def main():
         # Seed by seed, so that what is stopped early holds all rows.
         done = {(row, seed): pool.submit(run, row, flags, seed, args)
                 for seed in seeds for row, flags in rows.items()}
-    print("| row | seeds | teacher mIoU | student mIoU | gamma | confident | "
-          "right | CutMix fired | s a run |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("| row | seeds | teacher mIoU | student mIoU | gamma | confident | right | of the easiest | "
+          "of the hardest | CutMix fired | s a run |\n" + "|---" * 11 + "|")
     for row in rows:
         results = [done[row, seed].result() for seed in seeds]
-        column = lambda name: [result[name] for result in results]
-        spread = lambda name: (f"{statistics.mean(column(name)):.1f}" + (
-            f" ± {statistics.stdev(column(name)):.1f}" if len(results) > 1 else ""))
-        means = [f"{statistics.mean(column(name)):.2f}"
-                 for name in ("gamma", "confident", "right", "cutmix")]
-        print(f"| {row} | {len(results)} | {spread('teacher')} | {spread('student')} | "
-              f"{' | '.join(means)} | {statistics.mean(column('seconds')):.0f} |")
+
+        def cell(name, digits):
+            values = [result[name] for result in results if name in result]
+            spread = f" ± {statistics.stdev(values):.{digits}f}" if digits == 1 and len(values) > 1 else ""
+            return f"{statistics.mean(values):.{digits}f}{spread}" if values else ""
+
+        print(f"| {row} | {len(results)} | {cell('teacher', 1)} | {cell('student', 1)} | "
+              + " | ".join(cell(name, 2) for name in ("gamma", "confident", *RIGHT, "cutmix"))
+              + f" | {cell('seconds', 0)} |")
 
 
 if __name__ == "__main__":
