@@ -48,7 +48,7 @@ def count_pairs(z1, z2, num_classes, valid=None):
 
 
 def share_weighted_iou(pixels, ignore_class=None):
-    """wIoU(z1, z2) from what count_pairs counts; that of (z2, z1) from its transpose."""
+    """wIoU(z1, z2) from what count_pairs counts, (B, C, C) -> (B,); wIoU(z2, z1) from its transpose."""
     area1, area2, intersection = pixels.sum(2), pixels.sum(1), pixels.diagonal(dim1=1, dim2=2)
     iou = intersection / (area1 + area2 - intersection).clamp(min=1)
     if ignore_class is not None:
@@ -98,7 +98,7 @@ def loss_hardness(prob_t, prob_s, valid=None):
     the result lies in [0, 1] without a scale to choose: 0 for certain agreement, toward 1 as L
     grows; 1 for an image that is all padding. Shapes as Eq. 7's.
     """
-    z_t = prob_t.argmax(1, keepdim=True)
+    z_t = top_class(prob_t)[1][:, None].long()
     loss = -prob_s.gather(1, z_t).squeeze(1).clamp(min=torch.finfo(prob_s.dtype).tiny).log()
     if valid is None:
         return 1 - torch.exp(-loss.mean((1, 2)))

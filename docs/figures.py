@@ -1,6 +1,6 @@
 """Pictures of a run, from its logs alone: gamma over training, and the easiest and hardest images.
 
-    python docs/figures.py runs/shapes-1_8-hagseg --out docs
+    python docs/figures.py runs/shapes-1_16-hagseg --out docs
 
 gamma.png: mean and spread of gamma over the iterations, and two traced images (Fig. 2c): the one
 with the lowest and the one with the highest mean gamma. extremes.png: above, the four easiest
