@@ -31,7 +31,7 @@ from hardness import pseudo_label  # noqa: E402
 
 STANDARD = "--loss standard --intensity standard --cutmix standard"
 CAMVID = ("--dataset custom --split 1_8 --weights none --backbone resnet18 --channels 64 --image-size "
-          "128 --crop-size 64 --batch-size 8 --lr 0.03 --ema 0.99 --iters 1200 --eval-every 5")
+          "128 --crop-size 64 --batch-size 8 --lr 0.03 --ema 0.99 --iters 600 --eval-every 5")
 RIGHT = ("right", "right_easiest", "right_hardest")
 GROUPS = {
     "table4": {
