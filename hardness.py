@@ -18,10 +18,14 @@ def confident_ratio(prob, tau, valid=None):
 
     prob (B, C, H, W) -> (B,) in [0, 1]; 0 for an image that is all padding.
     """
-    confident = prob.amax(1) >= tau
+    return share_of_pixels(prob.amax(1) >= tau, valid)
+
+
+def share_of_pixels(chosen, valid=None):
+    """The share of (valid) pixels that are chosen: (B, H, W) bool -> (B,) in [0, 1]."""
     if valid is None:
-        return confident.float().mean((1, 2))
-    return (confident & valid).sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)
+        return chosen.float().mean((1, 2))
+    return (chosen & valid).sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)
 
 
 def weighted_iou(z1, z2, num_classes, valid=None, ignore_class=None):
@@ -57,16 +61,15 @@ def share_weighted_iou(pixels, ignore_class=None):
 
 
 def top_class(prob):
-    """The highest probability of each pixel and its class, the first of equal ones.
+    """The highest probability of each pixel and its class, the first of equal ones: prob.max(1).
 
-    prob (B, C, H, W) -> (confidence (B, 1, H, W), labels (B, H, W) uint8). It is prob.max(1), whose
-    search for the index is slow on a CPU. Needs C <= 255.
+    prob (B, C, H, W) -> (confidence (B, H, W), labels (B, H, W) int64).
     """
-    C = prob.shape[1]
-    confidence = prob.amax(1, keepdim=True)
-    countdown = torch.arange(C, 0, -1, dtype=torch.uint8, device=prob.device)[:, None, None]
-    first = ((prob == confidence).view(torch.uint8) * countdown).amax(1)
-    return confidence, C - first.clamp(min=1)  # nan equals nothing, and is given the last class
+    (B, C, H, W), pixels = prob.shape, prob.flatten(2)
+    # A max-pool with the classes as rows and the pixels as channels is several times faster on a CPU.
+    columns = pixels[:, :, None].permute(0, 3, 1, 2)  # (B, H x W, C, 1)
+    confidence, labels = F.max_pool2d(columns, (C, 1), return_indices=True)
+    return confidence.view(B, H, W), labels.view(B, H, W)
 
 
 def instance_hardness(prob_t, prob_s, tau, valid=None, ignore_class=None):
@@ -77,8 +80,7 @@ def instance_hardness(prob_t, prob_s, tau, valid=None, ignore_class=None):
     padding; 0 where both agree everywhere at full confidence. Symmetric in its two arguments.
     """
     (p_s, z_s), (p_t, z_t) = top_class(prob_s), top_class(prob_t)
-    rho_s = confident_ratio(p_s, tau, valid)  # the maximum of a maximum is itself
-    rho_t = confident_ratio(p_t, tau, valid)
+    rho_s, rho_t = share_of_pixels(p_s >= tau, valid), share_of_pixels(p_t >= tau, valid)
     pixels = count_pairs(z_s, z_t, prob_s.shape[1], valid)
     gamma = 1 - (rho_s / 2 * share_weighted_iou(pixels, ignore_class)  # wIoU(p^s, p^t)
                  + rho_t / 2 * share_weighted_iou(pixels.mT, ignore_class))  # wIoU(p^t, p^s)
@@ -98,7 +100,7 @@ def loss_hardness(prob_t, prob_s, valid=None):
     the result lies in [0, 1] without a scale to choose: 0 for certain agreement, toward 1 as L
     grows; 1 for an image that is all padding. Shapes as Eq. 7's.
     """
-    z_t = top_class(prob_t)[1][:, None].long()
+    z_t = top_class(prob_t)[1][:, None]
     loss = -prob_s.gather(1, z_t).squeeze(1).clamp(min=torch.finfo(prob_s.dtype).tiny).log()
     if valid is None:
         return 1 - torch.exp(-loss.mean((1, 2)))
@@ -114,8 +116,8 @@ def pseudo_label(prob_t, tau, valid=None):
     prob_t (B, C, H, W) -> (B, H, W) uint8. Needs C <= 255.
     """
     confidence, labels = top_class(prob_t)
-    keep = confidence.squeeze(1) >= tau
-    return labels.masked_fill(~keep if valid is None else ~(keep & valid), IGNORE)
+    keep = confidence >= tau if valid is None else (confidence >= tau) & valid
+    return labels.masked_fill(~keep, IGNORE).to(torch.uint8)
 
 
 def unsupervised_loss(logits, pseudo_labels, hardness):
