@@ -404,6 +404,8 @@ def test_nothing_depends_on_ranks_workers_or_accumulation(tmp_path):
 # Nothing is lost.
 
 def run_main(argv):
+    # Loader processes are forked; a forkserver of this process's own would import torch once more.
+    multiprocessing.set_start_method("fork", force=True)
     torch.set_num_threads(1)
     os.setpgrp()
     train.main(argv)

@@ -473,7 +473,8 @@ class Run:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.folder / "lock", "w")
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Not flock: loader processes would inherit it, and outlive a killed run by seconds.
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             before = self.folder / "settings.json"
             if before.exists():
                 old = json.loads(before.read_text())
