@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -352,14 +353,14 @@ def test_the_command_trains_validates_and_leaves_its_results(finished):
 def test_evaluate_repeats_the_result_from_the_checkpoint_alone(finished, tmp_path):
     out, result = finished
     moved = shutil.copy(out / "last.pth", tmp_path / "given-away.pth")
-    for flags, column in (([], 0), (["--student"], 1)):
-        again = launch(moved, *flags, "--pictures", tmp_path / "pictures", script="evaluate.py")
-        assert again.returncode == 0, again.stderr
-        mean = lambda text: re.search(r"mean IoU +(.*)", text)[1].split()
-        assert mean(again.stdout)[0] == mean(result.stdout)[column]
+    mean = lambda text: re.search(r"mean IoU +(.*)", text)[1].split()
+    cases = (["--pictures", tmp_path / "pictures"], None, 0), (["--student"], None, 1), ([], 2, 0)
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.map(lambda case: launch(moved, *case[0], ranks=case[1], script="evaluate.py"), cases)
+        for again, (_, _, column) in zip(found, cases):
+            assert again.returncode == 0, again.stderr
+            assert mean(again.stdout)[0] == mean(result.stdout)[column]
     assert len(list((tmp_path / "pictures").glob("val_*.png"))) == 128
-    two = launch(moved, ranks=2, script="evaluate.py")
-    assert mean(two.stdout)[0] == mean(result.stdout)[0]
 
 
 def test_the_same_command_again_reports_the_finished_run(finished):
@@ -382,14 +383,13 @@ def test_nothing_depends_on_ranks_workers_or_accumulation(tmp_path):
     # With BatchNorm in evaluation mode: its own statistics are those of a rank's share on a CPU.
     script = tmp_path / "frozen.py"
     script.write_text(FROZEN.format(here=str(HERE)))
-    run = lambda name, *flags, **options: launch(
-        *TINY, "--iters", 4, "--out", tmp_path / name, "--log-every", 1, "--lr", 0.001, *flags,
-        script=script, **options)
-    for name, flags, ranks in (("one", [], None), ("two", [], 2), ("four", [], 4),
-                               ("workers", ["--workers", 2], None), ("parts", ["--accumulate", 2], None),
-                               ("parts2", ["--accumulate", 2], 2)):
-        result = run(name, *flags, ranks=ranks)
-        assert result.returncode == 0, result.stderr
+    runs = {"one": ([], None), "two": ([], 2), "four": ([], 4), "workers": (["--workers", 2], None),
+            "parts": (["--accumulate", 2], None), "parts2": (["--accumulate", 2], 2)}
+    run = lambda name: launch(*TINY, "--iters", 4, "--out", tmp_path / name, "--log-every", 1, "--lr",
+                              0.001, *runs[name][0], ranks=runs[name][1], script=script)
+    with ThreadPoolExecutor(2) as pool:
+        for result in pool.map(run, runs):
+            assert result.returncode == 0, result.stderr
     table = lambda name: [line.rsplit(",", 1) for line in
                           (tmp_path / name / "hardness.csv").read_text().splitlines()]
     for name in ("two", "four", "workers", "parts", "parts2"):
@@ -433,8 +433,6 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_bits(tmp_path, flags):
     # Every other iteration is saved, so about half of the kills hit a checkpoint being written.
     arguments = [*TINY, "--iters", 20, "--checkpoint-every", 2, "--log-every", 3, *flags]
     whole = start([*arguments, "--out", tmp_path / "whole"])
-    whole.join(120)
-    assert whole.exitcode == 0
     rng, kills = random.Random(str(flags)), 0
     out = tmp_path / "killed"
     while kills < 10:
@@ -447,8 +445,9 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_bits(tmp_path, flags):
         process.join()
         kills += 1
     process = start([*arguments, "--out", out])
-    process.join(120)
-    assert process.exitcode == 0
+    for finishing in (whole, process):
+        finishing.join(120)
+        assert finishing.exitcode == 0
     expected, found = state_of(tmp_path / "whole"), state_of(out)
     assert expected.keys() == found.keys()
     assert all(expected[name].equal(found[name]) for name in expected)
