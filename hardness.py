@@ -22,7 +22,7 @@ def confident_ratio(prob, tau, valid=None):
 
 
 def share_of_pixels(chosen, valid=None):
-    """The share of (valid) pixels that are chosen: (B, H, W) bool -> (B,) in [0, 1]."""
+    """The share of (valid) pixels that are chosen, as in Eq. 5: (B, H, W) bool -> (B,) in [0, 1]."""
     if valid is None:
         return chosen.float().mean((1, 2))
     return (chosen & valid).sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)
