@@ -498,7 +498,7 @@ def main(argv=None):
                 result = SECTIONS[section](args, settings, photographs, device)
                 ratio = result if section == "step" else ratio
         except data.InputError as error:
-            print(f"bench.py: {train.one_line(error)}", file=sys.stderr)
+            print(f"bench.py: {error}", file=sys.stderr)
             sys.exit(2)
     if ratio is not None:
         print(f"step/network {ratio:.3f}")

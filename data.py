@@ -15,6 +15,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import numpy as np
@@ -577,15 +578,32 @@ def stack_items(items):
 def training_batches(draws, places, start, stop, workers, pin_memory=False):
     """Iterates over the batches of iterations start..stop-1: of their items, those at `places`."""
     keys = ([(iteration, place) for place in places] for iteration in range(start, stop))
-    return iter(torch.utils.data.DataLoader(draws, batch_sampler=keys, num_workers=workers,
-                                            pin_memory=pin_memory, collate_fn=stack_items,
-                                            worker_init_fn=ignore_signals))
+    return loaded(draws, workers, batch_sampler=keys, pin_memory=pin_memory, collate_fn=stack_items)
 
 
-def ignore_signals(_):
-    """Loader processes leave Ctrl-C and SIGTERM to the process that they load for."""
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, signal.SIG_IGN)
+def loaded(dataset, workers, **options):
+    """Yields what a DataLoader does. Its processes end with the generator, and until then leave
+    Ctrl-C and SIGTERM to the process that they load for.
+
+    Under DDP they are spawned, as its documentation asks: a fork beside the threads of gloo can
+    inherit a lock of Python's that nobody there lets go of, and hang.
+    """
+    context = "spawn" if workers and torch.distributed.is_initialized() else None
+    if context:
+        resource_tracker.ensure_running()  # its start would unblock the signals
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})  # is inherited
+    try:
+        items = iter(torch.utils.data.DataLoader(dataset, num_workers=workers,
+                                                 multiprocessing_context=context, **options))
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    try:
+        yield from items
+    except InputError as error:  # a loader process puts its traceback before the message
+        text = str(error).strip().splitlines()[-1].removeprefix("data.InputError: ")
+        raise InputError(text) from error.with_traceback(None)  # its frames would hold `items`
+    finally:
+        del items
 
 
 def normalize(images):

@@ -16,8 +16,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from data import (IGNORE, IMAGE_SUFFIXES, InputError, ignore_signals, normalize, open_data,
-                  open_photograph, picture_to_tensor, problems, short_list, unreadable)
+from data import (IGNORE, IMAGE_SUFFIXES, InputError, loaded, normalize, open_data, open_photograph,
+                  picture_to_tensor, problems, short_list, unreadable)
 from model import DeepLabV3Plus
 
 WHOLE_IMAGE_PIXELS = 2048 * 1024  # a larger image goes through windows, so that memory is bounded
@@ -135,13 +135,11 @@ def evaluate(models, data, device, window=None, max_side=None, workers=0, amp=Fa
     the shares up. The models are put into evaluation mode, and back.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    loader = torch.utils.data.DataLoader(ValidationImages(data, data.val[rank::world]),
-                                         batch_size=None, num_workers=workers,
-                                         worker_init_fn=ignore_signals)
+    images = ValidationImages(data, data.val[rank::world])
     C = len(data.classes)
     confusions = torch.zeros(len(models), C, C, dtype=torch.int64, device=device)
     training = [model.training for model in models]
-    for image, target, _ in loader:
+    for image, target, _ in loaded(images, workers, batch_size=None):
         image, target = image.to(device), target.to(device)
         for model, confusion in zip(models, confusions):
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
@@ -346,7 +344,7 @@ def main(argv=None):
         if dist.is_initialized():
             dist.destroy_process_group()
     except (InputError, OSError) as error:
-        if os.environ.get("RANK", "0") == "0":
+        if dist.is_initialized() or os.environ.get("RANK", "0") == "0":  # before, all ranks see it
             print(f"evaluate.py: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
         sys.exit(2)
 

@@ -1,5 +1,6 @@
 """Data sets in the layouts that people have, the splits, the checks, and the seeded batches."""
 
+import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
@@ -250,6 +251,22 @@ def test_draws_depend_on_seed_iteration_and_place_alone():
     other = next(training_batches(draws(seed=4), range(4), 0, 1, workers=0))
     assert not same(other, sequence[0])
     assert not sequence[0]["weak"].equal(sequence[1]["weak"])
+
+
+def test_loader_processes_end_with_the_loop_and_are_never_forked_beside_gloo(tmp_path):
+    def children():
+        return [type(process).__name__ for process in multiprocessing.active_children()]
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0,
+                                         world_size=1)
+    try:
+        batches = training_batches(draws(), range(4), 0, 6, workers=1)
+        assert same(next(batches), next(training_batches(draws(), range(4), 0, 1, workers=0)))
+        assert children() == ["SpawnProcess"]
+    finally:
+        torch.distributed.destroy_process_group()
+    batches.close()
+    assert children() == []
 
 
 def test_an_epoch_sees_every_unlabelled_image_once_and_labelled_ones_in_turn():

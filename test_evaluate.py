@@ -1,5 +1,7 @@
 """Mean IoU, sliding windows, pictures, prediction."""
 
+import multiprocessing
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,8 @@ from PIL import Image
 
 import evaluate
 from data import InputError, SegmentationData, Shapes
-from evaluate import (ValidationImages, colourize, confusion_matrix, load_checkpoint, mean_iou, panel,
-                      predict, predict_files, sliding_window, window_starts)
+from evaluate import (colourize, confusion_matrix, load_checkpoint, mean_iou, panel, predict,
+                      predict_files, sliding_window, window_starts)
 
 
 def test_mean_iou_of_a_2x2_image():
@@ -192,12 +194,14 @@ def test_predict_files_never_overwrites_a_photograph_or_another_result(tmp_path,
     assert "give another --out" in capsys.readouterr().err
 
 
-def test_a_truncated_validation_image_is_named(tmp_path):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_truncated_validation_image_is_named(tmp_path, workers):
     data = tiny_data(tmp_path)
     path = tmp_path / "im2.bmp"
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(InputError, match="im2.bmp"):
-        ValidationImages(data, data.val)[2]
+    with pytest.raises(InputError, match=r"^\S*im2.bmp: cannot be read \(.*$") as error:
+        evaluate.evaluate([Brightness()], data, torch.device("cpu"), workers=workers)
+    assert "\n" not in str(error.value) and not multiprocessing.active_children()
 
 
 def test_checkpoints_that_are_none(tmp_path):

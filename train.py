@@ -194,7 +194,7 @@ def gather(share):
     if world_size() == 1:
         return share
     whole = share.new_empty(world_size() * len(share), *share.shape[1:])
-    dist.all_gather_into_tensor(whole, share.contiguous())
+    dist.all_gather(list(whole.chunk(world_size())), share.contiguous())
     return whole
 
 
@@ -206,11 +206,6 @@ def own(whole):
 def say(text):
     if rank() == 0:
         print(text, flush=True)
-
-
-def one_line(error):
-    """The message of an error; one from a loader process is wrapped in that process's traceback."""
-    return str(error).strip().splitlines()[-1].removeprefix("data.InputError: ")
 
 
 def together(function, *arguments):
@@ -380,28 +375,28 @@ def train(args, device):
     def next_batch():
         if stopping:
             raise RunError("stopped by a signal")
-        try:
-            return next(batches)
-        except InputError as error:
-            raise RunError(one_line(error)) from None
+        return next(batches)
 
-    for iteration in range(start, args.iters):
-        try:
-            batch = together(next_batch)
-        except RunError as error:
-            together(run.save, "last.pth", iteration, network, teacher, optimizer)
-            raise RunError(f"{error}; saved iteration {iteration}: the same command goes on") from None
-        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-        scalars, gamma = train_step(student, teacher, optimizer, batch, iteration, args)
-        run.record(iteration, scalars, gamma)
+    try:
+        for iteration in range(start, args.iters):
+            try:
+                batch = together(next_batch)
+            except (InputError, RunError) as error:
+                together(run.save, "last.pth", iteration, network, teacher, optimizer)
+                raise RunError(f"{error}; saved iteration {iteration}: the same command goes on") from None
+            batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+            scalars, gamma = train_step(student, teacher, optimizer, batch, iteration, args)
+            run.record(iteration, scalars, gamma)
 
-        done = iteration + 1
-        if done % args.log_every == 0 or done == args.iters:
-            together(run.log, done, optimizer)
-        if done % (args.eval_every * epoch) == 0 or done == args.iters:
-            run.validate(done, network, teacher, device)
-        if done % args.checkpoint_every == 0 or done == args.iters:
-            together(run.save, "last.pth", done, network, teacher, optimizer)
+            done = iteration + 1
+            if done % args.log_every == 0 or done == args.iters:
+                together(run.log, done, optimizer)
+            if done % (args.eval_every * epoch) == 0 or done == args.iters:
+                run.validate(done, network, teacher, device)
+            if done % args.checkpoint_every == 0 or done == args.iters:
+                together(run.save, "last.pth", done, network, teacher, optimizer)
+    finally:
+        batches.close()
     result = run.folder / "result.txt"
     say(result.read_text().rstrip() if result.exists() else f"finished; {result} has been removed")
 
@@ -632,8 +627,7 @@ class Run:
             share = together(evaluate, models, self.data, device, self.args.window,
                              self.args.image_size, self.args.workers, self.args.amp)
         except InputError as error:
-            raise RunError(f"{one_line(error)}; the same command goes on from the last "
-                           f"checkpoint") from None
+            raise RunError(f"{error}; the same command goes on from the last checkpoint") from None
         torch.backends.cudnn.benchmark = True
         confusions = sum_over_ranks(share)
         miou = [mean_iou(confusion)[0] for confusion in confusions]
@@ -677,17 +671,15 @@ def main(argv=None):
         train(together(parse_arguments, argv), device)
     except (InputError, RunError) as error:  # on all ranks
         if rank() == 0:
-            print(f"train.py: {one_line(error)}", file=sys.stderr, flush=True)
+            print(f"train.py: {error}", file=sys.stderr, flush=True)
         if dist.is_initialized():
             dist.destroy_process_group()
-        if isinstance(error, RunError):
-            os._exit(1)  # the loader processes, which ignore signals, follow by themselves
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, RunError) else 2)
     except RuntimeError as error:  # on this rank alone, so torchrun has to end the others
         if isinstance(error, torch.OutOfMemoryError):
             text = "out of GPU memory; raise --accumulate, or lower --crop-size or --batch-size"
         elif "DataLoader worker" in str(error):
-            text = f"a loader process died ({one_line(error)}); lower --workers, or free memory"
+            text = f"a loader process died ({str(error).strip()}); lower --workers, or free memory"
         else:
             raise
         print(f"train.py: {text}; the same command goes on from the last checkpoint", file=sys.stderr,
@@ -695,7 +687,6 @@ def main(argv=None):
         os._exit(1)
     if dist.is_initialized():
         dist.destroy_process_group()
-    os._exit(0)  # leaves no loader process to wait for
 
 
 if __name__ == "__main__":
