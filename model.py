@@ -3,7 +3,6 @@
 Works alone: copy this file next to any code that wants a segmentation network.
 """
 
-import pickle
 from pathlib import Path
 
 import torch
@@ -125,9 +124,9 @@ def load_backbone_weights(resnet, backbone, weights):
         published = models.get_model_weights(backbone).IMAGENET1K_V1
         try:
             state = published.get_state_dict(check_hash=True, weights_only=True)
-        except (OSError, RuntimeError, pickle.UnpicklingError) as error:  # offline, or a broken file
-            folder = Path(torch.hub.get_dir()) / "checkpoints"
-            raise OSError(f"cannot fetch the ImageNet weights ({error}); bring {published.url} to "
+        except Exception as error:  # offline, or a broken file, for which torch.load has many errors
+            folder, reason = Path(torch.hub.get_dir()) / "checkpoints", str(error).partition("\n")[0]
+            raise OSError(f"cannot fetch the ImageNet weights ({reason}); bring {published.url} to "
                           f"{folder}, or give --weights FILE or --weights none") from error
     else:
         try:

@@ -149,6 +149,15 @@ def test_imagenet_weights_are_taken_from_torchvisions_cache(tmp_path, monkeypatc
     assert small(weights="imagenet").layer1[0].conv1.weight.equal(resnet.layer1[0].conv1.weight)
 
 
+@pytest.mark.parametrize("content", [b"", b"hello", b"<html>not found</html>", bytes(range(256))])
+def test_a_broken_file_in_torchvisions_cache_is_one_line(tmp_path, monkeypatch, content):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth").write_bytes(content)
+    with pytest.raises(OSError, match="^cannot fetch the ImageNet weights .*--weights none$"):
+        small(weights="imagenet")
+
+
 @pytest.mark.parametrize("options, message", [
     ({"backbone": "vgg16"}, "not one of"), ({"output_stride": 32}, "neither 8 nor 16")])
 def test_unknown_backbones_and_strides(options, message):
