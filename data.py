@@ -586,7 +586,8 @@ def loaded(dataset, workers, **options):
     Ctrl-C and SIGTERM to the process that they load for.
 
     Under DDP they are spawned, as its documentation asks: a fork beside the threads of gloo can
-    inherit a lock of Python's that nobody there lets go of, and hang.
+    inherit a lock of Python's that nobody there lets go of, and hang. Spawned, they import the script,
+    which so needs its `if __name__ == "__main__"`.
     """
     context = "spawn" if workers and torch.distributed.is_initialized() else None
     if context:
