@@ -656,10 +656,10 @@ def spoilt_run(tmp_path, *flags, spoil=lambda root: None, **options):
                   1, "--out", tmp_path / "out", *flags, **options)
 
 
-def truncate(root):
+def truncate(root, name="im9"):
     big = np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)
-    save(root / "JPEGImages" / "im9.jpg", big)
-    path = root / "JPEGImages" / "im9.jpg"
+    path = root / "JPEGImages" / f"{name}.jpg"
+    save(path, big)
     path.write_bytes(path.read_bytes()[:20000])
 
 
@@ -671,6 +671,17 @@ def test_a_truncated_photograph_is_named(tmp_path, flags, ranks):
     assert "im9.jpg: cannot be read (" in said[0] and "saved iteration" in said[0]
     if ranks is None:
         assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("ranks", [None, 2])
+def test_evaluate_names_a_truncated_photograph(tmp_path, ranks):
+    assert spoilt_run(tmp_path, "--iters", 1).returncode == 0
+    truncate(tmp_path / "data", "im5")  # the second of the validation images: rank 1's
+    save(tmp_path / "data/SegmentationClass/im5.png", np.zeros((300, 300)))
+    result = launch(tmp_path / "out" / "last.pth", "--workers", 1, ranks=ranks, script="evaluate.py")
+    said = [line for line in result.stderr.splitlines() if line.startswith("evaluate.py: ")]
+    assert result.returncode == (1 if ranks else 2) and len(said) == 1
+    assert "im5.jpg: cannot be read (" in said[0]
 
 
 def test_a_loss_that_is_not_finite_is_named_and_saves_nothing(tmp_path):
