@@ -582,8 +582,9 @@ def training_batches(draws, places, start, stop, workers, pin_memory=False):
 
 
 def loaded(dataset, workers, **options):
-    """Yields what a DataLoader does. Its processes end with the generator, and until then leave
-    Ctrl-C and SIGTERM to the process that they load for.
+    """Yields what DataLoader(dataset, num_workers=workers, **options) does. Its processes end with the
+    generator, and until then leave Ctrl-C and SIGTERM to the process that they load for. Raises the
+    InputError of an item as one line.
 
     Under DDP they are spawned, as its documentation asks: a fork beside the threads of gloo can
     inherit a lock of Python's that nobody there lets go of, and hang. Spawned, they import the script,

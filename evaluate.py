@@ -345,7 +345,7 @@ def main(argv=None):
             dist.destroy_process_group()
     except (InputError, OSError) as error:
         if dist.is_initialized() or os.environ.get("RANK", "0") == "0":  # before, all ranks see it
-            print(f"evaluate.py: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+            print(f"evaluate.py: {error}", file=sys.stderr)
         sys.exit(2)
 
 

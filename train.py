@@ -679,7 +679,8 @@ def main(argv=None):
         if isinstance(error, torch.OutOfMemoryError):
             text = "out of GPU memory; raise --accumulate, or lower --crop-size or --batch-size"
         elif "DataLoader worker" in str(error):
-            text = f"a loader process died ({str(error).strip()}); lower --workers, or free memory"
+            reason = str(error).strip().splitlines()[-1]
+            text = f"a loader process died ({reason}); lower --workers, or free memory"
         else:
             raise
         print(f"train.py: {text}; the same command goes on from the last checkpoint", file=sys.stderr,
