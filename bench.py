@@ -417,9 +417,8 @@ def parse_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--only", nargs="+", choices=SECTIONS, metavar="SECTION",
-        help=f"of {', '.join(SECTIONS)} (default: all but doubling)")
-    add("--doubling", action="store_true",
-        help="also the step at 2 + 2, 4 + 4, 8 + 8 and 16 + 16: see that the last fits the memory")
+        help=f"of {', '.join(SECTIONS)} (default: all but doubling, the step at 2 + 2, 4 + 4, 8 + 8 and "
+             f"16 + 16: see that the last fits the memory)")
     add("--backbone", choices=BACKBONES, default="resnet50",
         help="resnet50 (default) as in the paper; the smaller it is, the more the rest weighs")
     add("--output-stride", type=int, choices=(8, 16), default=16)
@@ -485,7 +484,6 @@ def main(argv=None):
     args = parse_arguments(argv)
     device = torch.device(args.device)
     sections = args.only or [name for name in SECTIONS if name != "doubling"]
-    sections += ["doubling"] if args.doubling and "doubling" not in sections else []
     ratio = None
     with tempfile.TemporaryDirectory() as folder:
         try:
