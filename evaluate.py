@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from data import (IGNORE, IMAGE_SUFFIXES, InputError, loaded, normalize, open_data, open_photograph,
-                  picture_to_tensor, problems, short_list, unreadable)
+                  picture_to_tensor, short_list, unreadable)
 from model import DeepLabV3Plus
+from prepare import problems
 
 WHOLE_IMAGE_PIXELS = 2048 * 1024  # a larger image goes through windows, so that memory is bounded
 

@@ -30,11 +30,12 @@ from torch.profiler import record_function
 
 from augment import blend_intensity, box_masks, cutmix, hard_easy_pairs, random_boxes
 from data import (CUTMIX, IGNORE, PROTOCOLS, SPLITS, InputError, TrainingDraws, generator, normalize,
-                  open_data, problems, short_list, split_ids, training_batches)
+                  open_data, short_list, split_ids, training_batches)
 from evaluate import evaluate, iou_table, load_checkpoint, mean_iou, panels, stack, sum_over_ranks
 from hardness import (confidence_hardness, instance_hardness, loss_hardness, pixel_cross_entropy,
                       pseudo_label, unsupervised_loss)
 from model import BACKBONES, DeepLabV3Plus
+from prepare import check_data
 
 METRICS = ("loss", "loss_x", "loss_u", "hardness_mean", "hardness_std", "confident", "cutmix")
 
@@ -348,7 +349,7 @@ def train(args, device):
     # Data: what is labelled, and whether all of it is fit to train on.
     data = together(open_data, args.dataset, args.data_root)
     labelled, unlabelled = together(split_ids, data, args.dataset, args.split)
-    together(check_data, args, data, labelled, unlabelled)
+    together(demand_fit_data, args, data, labelled, unlabelled)
     draws = TrainingDraws(data, labelled, [] if args.supervised else unlabelled, args.batch_size,
                           args.crop_size, args.seed, args.scale, args.image_size,
                           strong=args.intensity != "none")
@@ -401,16 +402,11 @@ def train(args, device):
     say(result.read_text().rstrip() if result.exists() else f"finished; {result} has been removed")
 
 
-def check_data(args, data, labelled, unlabelled):
-    if rank() != 0:
-        return
-    found = problems(data, labelled, [] if args.supervised else unlabelled)
+def demand_fit_data(args, data, labelled, unlabelled):
+    found = check_data(data, labelled, unlabelled, args.supervised) if rank() == 0 else []
     if found:
-        more = f" (and {len(found) - 1} more: see python data.py)" if len(found) > 1 else ""
+        more = f" (and {len(found) - 1} more: see python prepare.py)" if len(found) > 1 else ""
         raise InputError(found[0] + more)
-    if not unlabelled and not args.supervised:
-        raise InputError("no unlabelled image is left; give a smaller --split (1_8 labels every "
-                         "eighth), add images without masks, or train with --supervised")
 
 
 def build_networks(args, num_classes, device):
