@@ -66,7 +66,10 @@ PROTOCOLS = {
     "custom": Protocol(),
 }
 
-VOC_CLASSES = ["background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"]
+VOC_CLASSES = [
+    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
+    "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
+    "train", "tvmonitor"]
 CITYSCAPES = {  # class: (its labelId, its colour), in the order of the 19 training ids
     "road": (7, (128, 64, 128)), "sidewalk": (8, (244, 35, 232)),
     "building": (11, (70, 70, 70)), "wall": (12, (102, 102, 156)),
