@@ -15,6 +15,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "docs"))
 import evidence  # noqa: E402 (it lies in docs/)
+
 from train import parse_arguments  # noqa: E402
 
 TINY = "--backbone resnet18 --channels 8 --crop-size 33 --batch-size 2 --weights none --iters 2".split()

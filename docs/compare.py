@@ -41,7 +41,7 @@ def main():
     one, other = map(contents, parser.parse_args().runs)
     differ = sorted(one.keys() ^ other.keys()) + [
         name for name in one.keys() & other.keys()
-        if not (torch.equal(one[name], other[name]) if torch.is_tensor(one[name]) else one[name] == other[name])]
+        if not (one[name].equal(other[name]) if torch.is_tensor(one[name]) else one[name] == other[name])]
     print("\n".join(f"differs: {name}" for name in differ[:20]) or f"equal: {len(one)} values")
     sys.exit(1 if differ else 0)
 
