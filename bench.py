@@ -1,8 +1,7 @@
 """What a training step costs beside the bare network passes in it, and what feeding it costs.
 
     python bench.py                                     the table, on whatever device is there
-    python bench.py --only step --repeats 30            one section, measured longer
-    python bench.py --only memory --crop-size 513 --accumulate 2
+    python bench.py --only step memory --batch-size 2 --repeats 60
 
 What is compared is timed in turn in one process, so that whatever else the machine does falls on both.
 Numbers are medians, with their quartiles; a ratio is that of the pairs. The last line is `step/network R`.
@@ -187,8 +186,8 @@ def bench_flops(settings, draws):
 
 
 def peak_memory(make, settings, draws):
-    """MiB at the peak of three calls of what `make` makes, its weights and gradients included; on a
-    CPU what the process, which must be a fresh one, has grown by."""
+    """MiB at the peak of three calls of what `make` makes, its weights and gradients included; on a CPU
+    what the process, which must be a fresh one, has grown by, as Linux says in /proc."""
     def resident(which):
         return int(Path("/proc/self/status").read_text().partition(f"{which}:")[2].split()[0]) / 1024
 
@@ -203,8 +202,7 @@ def peak_memory(make, settings, draws):
 
 
 def bench_memory(settings, draws):
-    """The peak of a step, beside that of plain training, each in a process of its own; on a CPU read from
-    /proc, so on Linux alone."""
+    """The peak of a step, beside that of plain training, each in a process of its own."""
     spawn, peaks = torch.multiprocessing.get_context("spawn"), []
     for make in (training_step, plain_training):
         with ProcessPoolExecutor(1, spawn) as process:
@@ -241,19 +239,18 @@ class UsualDraws(data.TrainingDraws):
 def bench_loader(settings, draws):
     """Items/s that reach training from one worker process, beside the usual way of making them."""
     ours = replace(draws, batch_size=16, crop_size=settings.loader_crop)
-    usual, keys = UsualDraws(**vars(ours)), [divmod(n, 16) for n in range(48)]
+    keys, note = [divmod(n, 16) for n in range(48)], f"one worker process, crop {settings.loader_crop}"
 
-    def loader(collate, make):
+    def loader(make, collate):
         return partial(list, DataLoader(
             keys, 16, collate_fn=lambda keys: collate([make(*key) for key in keys]), num_workers=1,
             persistent_workers=True, multiprocessing_context="fork"))
 
     for kind in ("labelled", "unlabelled"):
+        make, make_usual = (getattr(some, f"{kind}_item") for some in (ours, UsualDraws(**vars(ours))))
         compare(settings, "loader / usual way", items=len(keys), timed=(
-            (f"loader, {kind}", loader(data.stack_items, getattr(ours, f"{kind}_item")),
-             f"one worker process, crop {settings.loader_crop}"),
-            ("  the usual way", loader(default_collate, getattr(usual, f"{kind}_item")),
-             "whole resize, crop, pad, floats")))
+            (f"loader, {kind}", loader(make, data.stack_items), note),
+            ("  the usual way", loader(make_usual, default_collate), "whole resize, crop, pad, floats")))
 
 
 def hardness_by_loops(prob_t, prob_s, tau, valid):
@@ -279,12 +276,11 @@ def bench_hardness(settings, draws):
     compare(settings, "NumPy / hardness", (
         ("hardness, 4 of 21x129x129", lambda: instance_hardness(*inputs), "Eq. 5-7"),
         ("  NumPy", lambda: hardness_by_loops(*arrays), "an image and a class at a time")))
-    size = settings.batch_size, 21, settings.crop_size, settings.crop_size
-    prob = torch.rand(size, device=settings.device)
+    prob = torch.rand(settings.batch_size, 21, *2 * [settings.crop_size], device=settings.device)
     many = prob.argmax(1)
     one = torch.zeros_like(many)
     compare(settings, "max(1) / top_class", (
-        ("top_class", lambda: top_class(prob), "x".join(map(str, size))),
+        ("top_class", lambda: top_class(prob), "x".join(map(str, prob.shape))),
         ("  max(1)", lambda: prob.max(1))))
     compare(settings, "one / many", (
         ("count_pairs, many classes", lambda: count_pairs(many, many, 21)),
@@ -364,8 +360,9 @@ def main(argv=None):
             make_up_photographs(Path(folder))
             s = parse_arguments(argv, folder)
             photographs = data.open_data(s.dataset, s.data_root)
-            draws = data.TrainingDraws(photographs, *data.split_ids(photographs, s.dataset, s.split),
-                                       s.batch_size, s.crop_size, s.seed, s.scale)
+            labelled, unlabelled = data.split_ids(photographs, s.dataset, s.split)
+            draws = data.TrainingDraws(photographs, labelled, unlabelled or labelled, s.batch_size,
+                                       s.crop_size, s.seed, s.scale)
             s.classes = len(photographs.classes)
             device = torch.cuda.get_device_name() if s.cuda else f"CPU, {torch.get_num_threads()} threads"
             print(f"{device}; torch {torch.__version__}, torchvision {torchvision.__version__}\n"
