@@ -1,11 +1,13 @@
-"""The tables by one command: every cell of the paper's, and real runs on made-up trees of the real layouts."""
+"""The tables by one command: every cell of the paper's, and runs on a made-up tree of the real layout."""
 
 import csv
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,8 @@ import evidence  # noqa: E402 (it lies in docs/)
 
 from train import parse_arguments  # noqa: E402
 
-TINY = "--backbone resnet18 --channels 8 --crop-size 33 --batch-size 2 --weights none --iters 2".split()
+TINY = ["--backbone", "resnet18", "--channels", "8", "--crop-size", "33", "--batch-size", "2",
+        "--weights", "none", "--iters", "2"]
 
 
 def tables(*arguments, cwd=ROOT):
@@ -70,7 +73,8 @@ def test_every_cell_of_the_papers_tables_is_a_command_of_its_protocol(tmp_path):
 
 
 def test_the_papers_numbers_lie_beside_their_cells():
-    for cell, number in (("table1 HagSeg ResNet-50 1_8", "76.5"), ("table1 supervised ResNet-101 1_4", "74.7"),
+    for cell, number in (("table1 HagSeg ResNet-50 1_8", "76.5"),
+                         ("table1 supervised ResNet-101 1_4", "74.7"),
                          ("table1 HagSeg ResNet-101 stride 8 1_16", "77.2"),
                          ("table2 HagSeg ResNet-101 1_2", "79.5"), ("table3 HagSeg ResNet-50 1_16", "74.3"),
                          ("voc_table4 standard CutMix 1_8", "76.1")):
@@ -98,7 +102,8 @@ def test_a_table_on_the_real_layout_runs_stops_and_resumes(tmp_path):
             "--classes", "aeroplane", "--", *TINY)
     first = tables(*call, cwd=tmp_path)
     assert first.returncode == 0, first.stderr
-    header, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in first.stdout.splitlines()]
+    header, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]]
+                        for line in first.stdout.splitlines()]
     assert header[:3] == ["row", "the paper's", "seeds"] and "aeroplane" in header
     assert [row[:3] for row in rows] == [[wanted[0], "69.0", "1"], [wanted[1], "76.5", "1"]]
     run = tmp_path / "runs" / "table1_HagSeg_ResNet-50_1_8-1"
@@ -133,6 +138,27 @@ def test_a_failed_cell_is_named_and_the_others_go_on(tmp_path):
     assert result.returncode == 1 and "lambda_u 1, seed 1" in result.stderr and "--out" in result.stderr
     assert "Traceback" not in result.stderr
     assert "| lambda_u 5 |  | 1 |" in result.stdout
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_the_run_and_those_behind_it_and_the_same_command_resumes(tmp_path):
+    command = [sys.executable, ROOT / "docs" / "evidence.py", "--rows", "tau", "--out", tmp_path,
+               "--", *TINY[:-1], "2000"]
+    stopped = subprocess.Popen(command, start_new_session=True, text=True, stderr=subprocess.PIPE)
+    while not (tmp_path / "tau_0.5-1" / "metrics.jsonl").exists():
+        assert stopped.poll() is None
+        time.sleep(0.1)
+    os.killpg(stopped.pid, signal.SIGINT)
+    assert "the same command resumes" in stopped.communicate()[1] and stopped.returncode == 1
+    assert (tmp_path / "tau_0.5-1" / "last.pth").exists() and not (tmp_path / "tau_0.7-1").exists()
+    lines = (tmp_path / "tau_0.5-1" / "metrics.jsonl").read_text()
+    resumed = subprocess.Popen(command, start_new_session=True, text=True, stderr=subprocess.PIPE)
+    while (tmp_path / "tau_0.5-1" / "metrics.jsonl").read_text() == lines:
+        assert resumed.poll() is None
+        time.sleep(0.1)
+    os.killpg(resumed.pid, signal.SIGINT)
+    resumed.communicate()
+    assert (tmp_path / "tau_0.5-1" / "metrics.jsonl").read_text().startswith(lines)
 
 
 def test_unknown_rows_and_bad_flags_are_refused_before_anything_runs(tmp_path):

@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from augment import weak_augment  # noqa: E402 (the modules are beside docs/, not in it)
 from data import IGNORE, InputError, normalize, open_data, picture_to_tensor  # noqa: E402
-from evaluate import load_model  # noqa: E402
+from evaluate import load_checkpoint, load_model  # noqa: E402
 from hardness import pseudo_label  # noqa: E402
 from train import parse_arguments  # noqa: E402
 
@@ -102,9 +102,9 @@ for table, dataset, splits, rows in PAPER_CELLS:
 # GiB of a GPU for 16 + 16 crops of 513 in bf16: 1.25 times what the network keeps for its backward pass.
 # Counted, not measured on a GPU; --accumulate overrides what follows from it.
 MEMORY = {("resnet50", 16): 18, ("resnet50", 8): 33, ("resnet101", 16): 24, ("resnet101", 8): 58}
-RIGHT = ("right", "right_easiest", "right_hardest")
-FRACTIONS = {"hardness_mean": "gamma", "confident": "confident", "right": "right",
-             "right_easiest": "of the easiest", "right_hardest": "of the hardest", "cutmix": "CutMix fired"}
+# What a run's log and its pseudo-labels say of it, and the names of these columns.
+LOGGED = {"hardness_mean": "gamma", "confident": "confident", "cutmix": "CutMix fired"}
+RIGHT = {"right": "right", "right_easiest": "of the easiest", "right_hardest": "of the hardest"}
 
 
 def accumulation(settings, ranks, memory):
@@ -122,8 +122,9 @@ def folder(row, seed, args):
 
 def command(row, flags, seed, args):
     """The command of a run, as a list; as it is printed it can be pasted into a shell."""
-    more = [*shlex.split(flags.format_map({row: folder(row, seed, args) for row in args.bases})),
-            *args.flags, "--seed", str(seed), "--out", str(folder(row, seed, args)),
+    bases = {base: shlex.quote(str(folder(base, seed, args))) for base in args.bases}
+    more = [*shlex.split(flags.format_map(bases)), *args.flags, "--seed", str(seed),
+            "--out", str(folder(row, seed, args)),
             *(["--data-root", args.data_root] if args.data_root else [])]
     accumulate = args.accumulate or accumulation(parse_arguments(more), args.ranks or 1, args.memory)
     return [*(["torchrun", f"--nproc_per_node={args.ranks}"] if args.ranks else ["python"]),
@@ -158,8 +159,8 @@ def pseudo_label_accuracy(out):
 def choose_labels(out, seed):
     """Write hardest.txt, random.txt and easiest.txt into a finished run's folder: its labelled ids and
     as many of its unlabelled ones, ranked by `predict.py --hardness`, which sees them as photographs."""
-    settings = json.loads((out / "settings.json").read_text())
-    data = open_data(settings["dataset"], load_model(out / "last.pth")[1]["settings"]["data_root"])
+    settings = load_checkpoint(out / "last.pth")["settings"]
+    data = open_data(settings["dataset"], settings["data_root"])
     labelled, unlabelled = ((out / f"{part}labelled.txt").read_text().splitlines() for part in ("", "un"))
     photographs, predictions = out / "photographs", out / "predictions"
     photographs.mkdir(exist_ok=True)
@@ -180,11 +181,10 @@ def run(row, flags, seed, call, args, done):
     for base in args.bases:  # whose choice of labels it takes
         if f"{{{base}}}" in flags:
             done[base, seed].result()
-    out = folder(row, seed, args)
+    out, began = folder(row, seed, args), time.time()
     record = out / "evidence.json"
     if not record.exists():
         args.out.mkdir(parents=True, exist_ok=True)
-        began = time.time()
         environment = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // args.jobs // (args.ranks or 1)))}
         environment |= os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
         with open(f"{out}.log", "a") as log:
@@ -198,16 +198,15 @@ def run(row, flags, seed, call, args, done):
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     trained = [line for line in lines if "loss" in line]
     validated = [line["miou_teacher"] for line in lines if "miou_teacher" in line]
-    late = trained[-max(1, len(trained) // 10):]
-    means = {} if "--supervised" in flags else {
-        name: statistics.mean(line[name] for line in late)
-        for name in ("hardness_mean", "confident", "cutmix")}
+    found = json.loads(record.read_text()) | {
+        "teacher": 100 * validated[-1], "student": 100 * lines[-1]["miou_student"],
+        "best": 100 * max(validated), "which": f"{np.argmax(validated) + 1} of {len(validated)}"}
+    if "--supervised" not in flags:
+        late = trained[-max(1, len(trained) // 10):]
+        found |= {name: statistics.mean(line[name] for line in late) for name in LOGGED}
     # A row of result.txt: a class, the teacher's IoU, the student's.
     iou = {line[:-20].strip(): line[-20:-10] for line in (out / "result.txt").read_text().splitlines()}
-    return {"teacher": 100 * validated[-1], "student": 100 * lines[-1]["miou_student"],
-            "best": 100 * max(validated), "which": validated.index(max(validated)) + 1,
-            "validations": len(validated), **means, **json.loads(record.read_text()),
-            **{label: float(iou[label]) for label in args.classes}}
+    return found | {label: float(iou[label]) for label in args.classes}
 
 
 def table_row(row, results, columns):
@@ -216,10 +215,11 @@ def table_row(row, results, columns):
         values = [result[name] for result in results if name in result]
         if not values:
             return ""
-        digits = 2 if name in FRACTIONS else 0 if name == "seconds" else 1
-        spread = f" ± {statistics.stdev(values):.1f}" if digits == 1 and len(values) > 1 else ""
-        which = f" ({results[0]['which']} of {results[0]['validations']})"
-        return f"{statistics.mean(values):.{digits}f}{spread}" + which * (name == "best" and len(values) == 1)
+        digits = 2 if name in LOGGED | RIGHT else 0 if name == "seconds" else 1
+        text = f"{statistics.mean(values):.{digits}f}"
+        if len(values) > 1:
+            return text + (f" ± {statistics.stdev(values):.1f}" if digits == 1 else "")
+        return text + (f" ({results[0]['which']})" if name == "best" else "")
 
     return f"| {row} | {PAPER.get(row, '')} | {len(results)} | {' | '.join(map(cell, columns))} |"
 
@@ -233,8 +233,7 @@ def main():
     parser.add_argument("--ranks", type=int, metavar="N", help="torchrun with N processes, a GPU each")
     parser.add_argument("--accumulate", type=int, metavar="N",
                         help="of train.py (default: what the GPUs' memory asks for)")
-    parser.add_argument("--memory", type=float, metavar="GIB",
-                        help="of a GPU (default: of the smallest one here)")
+    parser.add_argument("--memory", type=float, metavar="GIB", help="of a GPU (default: as it is here)")
     parser.add_argument("--classes", nargs="+", default=[], metavar="NAME", help="report their IoU too")
     parser.add_argument("--data-root")
     parser.add_argument("--out", type=Path, default=Path("runs/evidence"))
@@ -275,7 +274,7 @@ def main():
     columns = {"teacher": "teacher mIoU", "student": "student", "best": "teacher's best"}
     columns |= {label: label for label in args.classes}
     if any(row not in PAPER for row in rows):
-        columns |= FRACTIONS
+        columns |= LOGGED | RIGHT
     columns["seconds"] = "s a run"
     print(f"| row | the paper's | seeds | {' | '.join(columns.values())} |\n"
           + "|---" * (len(columns) + 3) + "|")
