@@ -320,6 +320,7 @@ def compute_views(rank, world, out):
     torch.save(views, f"{out}/{world}-{rank}.pt")
 
 
+@pytest.mark.slow
 def test_pairs_coin_and_boxes_are_the_global_batchs_on_any_number_of_ranks(tmp_path):
     # R11: the shares of 2 and of 4 ranks, side by side, are what one process makes.
     context = multiprocessing.get_context("spawn")
@@ -365,6 +366,7 @@ if __name__ == "__main__":  # loader processes import this file
 """
 
 
+@pytest.mark.slow
 def test_nothing_depends_on_ranks_workers_or_accumulation(tmp_path):
     # With BatchNorm in evaluation mode: its own statistics are those of a rank's share on a CPU.
     script = tmp_path / "frozen.py"
@@ -487,6 +489,7 @@ def test_bad_input_gets_one_line_before_training_starts(case, tmp_path, capsys):
     assert not list(tmp_path.glob("**/*.ran")) and not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_ranks_that_cannot_share_a_batch_say_so_once():
     result = launch(*TINY, "--batch-size", 5, ranks=2)
     said = [line for line in result.stderr.splitlines() if "train.py: " in line]
@@ -516,6 +519,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_another_network_takes_the_place_of_the_models(tmp_path):
     for script, flags in (("train", [*TINY, "--iters", 2, "--out", tmp_path / "out"]),
                           ("evaluate", [tmp_path / "out" / "last.pth"])):
@@ -526,6 +530,7 @@ def test_another_network_takes_the_place_of_the_models(tmp_path):
         tmp_path / "out" / "last.pth", weights_only=True)["teacher"]} == {"encoder", "head"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("piece, use", [
     ("model", "import torch; "
               "model.DeepLabV3Plus(3, 'resnet18', channels=16).eval()(torch.ones(1, 3, 32, 32))"),
