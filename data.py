@@ -1,18 +1,13 @@
 """Data sets, their protocols (Sec. 3), the split into labelled and unlabelled, and seeded batches.
 
-    python data.py --dataset NAME --data-root DIR      says what is there, and what is wrong with it
-    python data.py --dataset voc --download            brings and prepares PASCAL VOC 2012 and SBD
-    python data.py --dataset custom --data-root DIR --convert   colour masks (CVAT) -> index masks
+prepare.py is the command that checks, downloads and converts them.
 
-Every random draw is a function of (seed, iteration, place in the global batch): no generator lives
+Every random draw is a function of (seed, iteration, slot in the global batch): no generator lives
 from one iteration to the next, so a run can resume anywhere, on any number of ranks and workers.
 """
 
-import argparse
 import re
 import signal
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from multiprocessing import resource_tracker
@@ -20,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageDraw, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 import augment
+from shapes import SHAPES_CLASSES, draw_shapes
 
 IGNORE = 255
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
@@ -32,12 +28,12 @@ HERE = Path(__file__).resolve().parent
 
 
 class InputError(Exception):
-    """Something that the user can mend: one line that names the file or flag, and the remedy."""
+    """Something that the user can fix: one line that names the file or flag, and the remedy."""
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """What --dataset settles unless a flag says otherwise: a row of design.md's section 5."""
+    """What --dataset settles unless a flag says otherwise: a row of the README's protocols."""
     data_root: str = "data/custom"
     split: str | None = None
     backbone: str = "resnet50"
@@ -70,8 +66,10 @@ PROTOCOLS = {
     "custom": Protocol(),
 }
 
-VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog "
-               "horse motorbike person pottedplant sheep sofa train tvmonitor").split()
+VOC_CLASSES = [
+    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
+    "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
+    "train", "tvmonitor"]
 CITYSCAPES = {  # class: (its labelId, its colour), in the order of the 19 training ids
     "road": (7, (128, 64, 128)), "sidewalk": (8, (244, 35, 232)),
     "building": (11, (70, 70, 70)), "wall": (12, (102, 102, 156)),
@@ -84,7 +82,6 @@ CITYSCAPES = {  # class: (its labelId, its colour), in the order of the 19 train
     "train": (31, (0, 80, 100)), "motorcycle": (32, (0, 0, 230)),
     "bicycle": (33, (119, 11, 32)),
 }
-SHAPES_CLASSES = ("background", "plain", "rows", "columns", "checker")
 TRAINING_SETS = {"voc": 10582, "voc_classic": 1464, "cityscapes": 2975}  # what a split is a part of
 DRAWN_SPLITS = {"voc_classic": (92, 183, 366, 732), "cityscapes": (186, 372, 744, 1488)}
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
@@ -139,7 +136,7 @@ class SegmentationData:
         if strange.size:
             raise InputError(f"{path}: holds the ids {short_list(np.unique(strange))}, but there are "
                              f"{len(self.classes)} classes (0 to {len(self.classes) - 1}; 255 is "
-                             f"ignored); mend the mask or the list of classes")
+                             f"ignored); fix the mask or the list of classes")
         return Image.fromarray(labels.astype(np.uint8))
 
 
@@ -176,7 +173,7 @@ def open_data(dataset, root=None):
     if dataset == "shapes":
         return Shapes()
     if not root.is_dir():
-        remedy = {"voc": ", or bring it: python data.py --dataset voc --download",
+        remedy = {"voc": ", or download it: python prepare.py --dataset voc --download",
                   "cityscapes": ", with leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip from "
                                 "cityscapes-dataset.com unpacked in it"}
         raise InputError(f"--data-root {root}: no such folder; give the folder of {dataset}"
@@ -186,11 +183,11 @@ def open_data(dataset, root=None):
     return open_custom(root) if dataset == "custom" else open_voc(root, dataset)
 
 
-def find_folder(root, child, places):
-    """The first of root / place that holds the folder `child`."""
-    for place in places:
-        if (root / place / child).is_dir():
-            return root / place
+def find_folder(root, child, parents):
+    """The first of root / parent that holds the folder `child`."""
+    for parent in parents:
+        if (root / parent / child).is_dir():
+            return root / parent
     raise InputError(f"--data-root {root}: no folder {child}/ in it; give the folder that holds it")
 
 
@@ -203,7 +200,7 @@ def open_voc(root, dataset):
     own = stems(root / "SegmentationClass")
     if not blended:
         raise InputError(f"{root / 'SegmentationClassAug'}: no masks; the blended training set needs "
-                         f"SBD's: python data.py --dataset voc --data-root {root} --download")
+                         f"SBD's: python prepare.py --dataset voc --data-root {root} --download")
     train = sorted((set(blended) | set(voc_train)) - set(val))
     images = {name: root / "JPEGImages" / f"{name}.jpg" for name in train + val}
     return SegmentationData(VOC_CLASSES, voc_palette(21), images, blended | own, train, val,
@@ -247,7 +244,7 @@ def open_custom(root):
         "SegmentationClassIds", "SegmentationClass", "SegmentationClassPNG", "masks"))), {})
     if (root / "labelmap.txt").exists() and not (root / "SegmentationClassIds").is_dir():
         raise InputError(f"{root / 'labelmap.txt'}: masks in colour, as CVAT exports them; first "
-                         f"python data.py --dataset custom --data-root {root} --convert")
+                         f"python prepare.py --dataset custom --data-root {root} --convert")
     names_file = root / "class_names.txt"
     try:
         classes = names_file.read_text("utf-8-sig").rstrip().split("\n") if names_file.exists() else []
@@ -338,7 +335,7 @@ def split_ids(data, dataset, split):
                              f"{short_list(held_out)}; remove them")
         if unknown:
             raise InputError(f"--split {split}: {len(unknown)} ids are not in {dataset}'s training "
-                             f"set: {short_list(unknown)}; mend the list or complete the data")
+                             f"set: {short_list(unknown)}; fix the list or complete the data")
     else:
         raise InputError(f"--split {split}: {dataset} has no such split and there is no such file; "
                          f"give one of {', '.join(SPLITS)}, or a list of ids")
@@ -359,80 +356,10 @@ def draw_splits(folder=HERE / "splits"):
                 + "".join(f"{p}\n" for p in order[:size]))
 
 
-def problems(data, labelled, unlabelled, contents=500):
-    """Everything that would spoil a run, a line each; [] if all is well.
-
-    Files and sizes are read from the headers of all images and masks; the contents of the masks,
-    from at most `contents` of them, evenly spread (the others are checked whenever they are read).
-    """
-    if isinstance(data, Shapes):
-        return []  # drawn, not read
-    found = []
-    if not labelled:
-        found.append("no labelled image: no mask belongs to a training image; give masks, or another "
-                     "--split")
-    both = sorted(set(data.train) & set(data.val))
-    if both:
-        found.append(f"{len(both)} validation images are among the training ones: "
-                     f"{short_list(both)}; keep each in one list")
-    if not data.val:
-        found.append("no validation image: list some, with masks, in ImageSets/Segmentation/val.txt")
-    with_masks = sorted({*labelled, *data.val})
-    everything = sorted({*with_masks, *unlabelled})
-    absent = [n for n in everything if n not in data.images or not data.images[n].is_file()]
-    if absent:
-        found.append(f"{len(absent)} listed images are missing: {short_list(absent)}; complete the "
-                     f"data set or mend the list")
-    unmasked = [n for n in with_masks if n not in data.masks or not data.masks[n].is_file()]
-    if unmasked:
-        found.append(f"{len(unmasked)} images of the labelled or validation list have no mask: "
-                     f"{short_list(unmasked)}; add their masks or take them off the list")
-    skip = {*absent, *unmasked}
-
-    def header(name):
-        try:
-            size = data.image(name).size
-            if name in with_masks_set and name not in skip:
-                with Image.open(data.masks[name]) as mask:
-                    if mask.size != size:
-                        return (f"{data.masks[name]}: {mask.width} x {mask.height} pixels, but its "
-                                f"image (upright, as its EXIF says) has {size[0]} x {size[1]}; "
-                                f"export the mask again")
-        except InputError as error:
-            return str(error)
-        except (OSError, SyntaxError) as error:
-            return unreadable(data.masks[name], error)
-
-    def content(name):
-        try:
-            seen[np.unique(data.mask(name))] = True
-        except InputError as error:
-            return str(error)
-
-    seen = np.zeros(256, bool)
-    with_masks_set = set(with_masks)
-    readable = [n for n in with_masks if n not in skip]
-    with ThreadPoolExecutor() as pool:
-        found += filter(None, pool.map(header, (n for n in everything if n not in absent)))
-        found += filter(None, pool.map(content, readable[::-(-len(readable) // contents) or 1]))
-    strays = sorted(data.masks.keys() - data.images.keys())
-    if strays:
-        found.append(f"{len(strays)} masks have no image of their name: {short_list(strays)}; a mask "
-                     f"needs the stem of its image")
-    if readable and not found and not seen[:IGNORE].any():
-        found.append(f"the masks, {data.masks[readable[0]].name} for one, hold nothing but {IGNORE}, "
-                     f"which is ignored; export them as class ids")
-    return list(dict.fromkeys(found))
-
-
 class Shapes(SegmentationData):
-    """The embedded data set: four kinds of object on a background, 32 x 32, drawn from their ids.
-
-    From plainly easy to plainly hard: contrast falls, and noise, clutter and overlap grow with one
-    number an image. A class is told by its pattern, which Table 5's operations keep; its colour and
-    outline say nothing.
+    """The embedded data set: 256 training and 128 validation images that shapes.py draws.
     """
-    SIZE, TRAIN, VAL = 32, 256, 128
+    TRAIN, VAL = 256, 128
 
     def __init__(self):
         train = [f"train_{i:03d}" for i in range(self.TRAIN)]
@@ -448,48 +375,12 @@ class Shapes(SegmentationData):
         return draw_shapes(name)[1]
 
 
-@lru_cache(maxsize=1024)
-def draw_shapes(name, size=Shapes.SIZE):
-    """(image, mask), Pillow RGB and L, that an id of Shapes stands for."""
-    part, number = name.split("_")
-    rng = np.random.default_rng((part == "val", int(number), 12))  # in 12, few labels hold all classes
-    hard = rng.random()
-    contrast, noise = 120 - 85 * hard, 3 + 12 * hard
-    ground = rng.uniform(70, 185, 3)
-    image = np.broadcast_to(ground, (size, size, 3)).copy()
-    mask = np.zeros((size, size), np.uint8)
-    for _ in range(rng.integers(1, 3 + round(hard))):
-        label = int(rng.integers(1, len(SHAPES_CLASSES)))
-        outline, pattern = shape_masks(SHAPES_CLASSES[label], size, rng)
-        tint = rng.choice([-1, 1]) * contrast * rng.uniform(0.5, 1, 3)
-        image[outline] = ground - tint
-        image[outline & pattern] = ground + tint
-        mask[outline] = label
-    image = Image.fromarray((image + rng.normal(0, noise, image.shape)).clip(0, 255).astype(np.uint8))
-    for _ in range(round(2 * hard)):  # clutter
-        shade = (ground + rng.uniform(-1, 1) * contrast).clip(0, 255).astype(int)
-        ImageDraw.Draw(image).line([tuple(p) for p in rng.uniform(0, size, (2, 2))], tuple(shade))
-    return image, Image.fromarray(mask)
-
-
-def shape_masks(shape, size, rng):
-    """Two (size, size) bool maps: a disc or a square, and where its pattern is of the first colour."""
-    radius, angle = size * rng.uniform(0.2, 0.36), rng.uniform(-0.3, 0.3)
-    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    centre = rng.uniform(0.6 * radius, size - 0.6 * radius, 2)
-    y, x = np.einsum("ij,jhw->ihw", turn, np.mgrid[:size, :size] - centre[:, None, None])
-    distance = np.hypot(x, y) if rng.random() < 0.5 else np.maximum(abs(x), abs(y)) / 0.9
-    rows, columns = (np.floor(12 * side / size) % 2 == 0 for side in (y, x))
-    patterns = {"plain": True, "rows": rows, "columns": columns, "checker": rows ^ columns}
-    return distance < radius, patterns[shape]
-
-
-# The streams of draws: (seed, stream, iteration, place) is the whole state of a generator.
+# The streams of draws: (seed, stream, iteration, slot) is the whole state of a generator.
 ORDER_X, ORDER_U, AUGMENT_X, AUGMENT_U, CUTMIX = range(5)
 
 
-def generator(seed, stream, *place):
-    return np.random.default_rng((seed, stream, *place))
+def generator(seed, stream, *counters):
+    return np.random.default_rng((seed, stream, *counters))
 
 
 @lru_cache(maxsize=8)
@@ -497,15 +388,15 @@ def shuffled(count, seed, stream, epoch):
     return generator(seed, stream, epoch).permutation(count)
 
 
-def drawn_id(ids, batch_size, seed, stream, iteration, place):
-    """The id at a place of an iteration's global batch: the ids, shuffled anew for each pass."""
-    epoch, position = divmod(iteration * batch_size + place, len(ids))
+def drawn_id(ids, batch_size, seed, stream, iteration, slot):
+    """The id in a slot of an iteration's global batch: the ids, shuffled anew for each epoch."""
+    epoch, position = divmod(iteration * batch_size + slot, len(ids))
     return ids[shuffled(len(ids), seed, stream, epoch)[position]]
 
 
 @dataclass
 class TrainingDraws(torch.utils.data.Dataset):
-    """Item (iteration, place): the labelled and the unlabelled image at a place of the global batch.
+    """Item (iteration, slot): the labelled and the unlabelled image in a slot of the global batch.
 
     A dict of uint8 tensors, S the crop size: x (3, S, S) and its labels y (S, S), 255 on void and
     padding; weak and strong (3, S, S), the views A_w(u) and A_s(u); and the bool map valid (S, S),
@@ -527,19 +418,19 @@ class TrainingDraws(torch.utils.data.Dataset):
 
     def ids(self, iteration):
         """The ids of a whole batch: (labelled, unlabelled)."""
-        return tuple([drawn_id(ids, self.batch_size, self.seed, stream, iteration, place)
-                      for place in range(self.batch_size)] if ids else []
+        return tuple([drawn_id(ids, self.batch_size, self.seed, stream, iteration, slot)
+                      for slot in range(self.batch_size)] if ids else []
                      for ids, stream in ((self.labelled, ORDER_X), (self.unlabelled, ORDER_U)))
 
-    def labelled_item(self, iteration, place):
-        name = drawn_id(self.labelled, self.batch_size, self.seed, ORDER_X, iteration, place)
-        rng = generator(self.seed, AUGMENT_X, iteration, place)
+    def labelled_item(self, iteration, slot):
+        name = drawn_id(self.labelled, self.batch_size, self.seed, ORDER_X, iteration, slot)
+        rng = generator(self.seed, AUGMENT_X, iteration, slot)
         image, mask = self.weak(name, self.data.mask(name), rng)
         return {"x": self.to_tensor(image, PAD_COLOUR), "y": self.to_tensor(mask, IGNORE)}
 
-    def unlabelled_item(self, iteration, place):
-        name = drawn_id(self.unlabelled, self.batch_size, self.seed, ORDER_U, iteration, place)
-        rng = generator(self.seed, AUGMENT_U, iteration, place)
+    def unlabelled_item(self, iteration, slot):
+        name = drawn_id(self.unlabelled, self.batch_size, self.seed, ORDER_U, iteration, slot)
+        rng = generator(self.seed, AUGMENT_U, iteration, slot)
         image, _ = self.weak(name, None, rng)
         valid = torch.zeros(self.crop_size, self.crop_size, dtype=torch.bool)
         valid[:image.height, :image.width] = True
@@ -575,9 +466,9 @@ def stack_items(items):
             for name, t in torch.utils.data.default_collate(pixels).items()}
 
 
-def training_batches(draws, places, start, stop, workers, pin_memory=False):
-    """Iterates over the batches of iterations start..stop-1: of their items, those at `places`."""
-    keys = ([(iteration, place) for place in places] for iteration in range(start, stop))
+def training_batches(draws, slots, start, stop, workers, pin_memory=False):
+    """Iterates over the batches of iterations start..stop-1: of their items, those in `slots`."""
+    keys = ([(iteration, slot) for slot in slots] for iteration in range(start, stop))
     return loaded(draws, workers, batch_sampler=keys, pin_memory=pin_memory, collate_fn=stack_items)
 
 
@@ -613,65 +504,3 @@ def normalize(images):
     mean, std = (torch.tensor(v)[:, None, None].mul(255).to(images.device, non_blocking=True)
                  for v in (MEAN, STD))
     return (images - mean) / std
-
-
-def main(argv=None):
-    """Report on a data set; exit code 2 if something is wrong with it."""
-    parser = argparse.ArgumentParser(description="Check a data set, and say what is wrong with it.")
-    parser.add_argument("--dataset", choices=PROTOCOLS, default="shapes")
-    parser.add_argument("--data-root", help="folder of the data set (default: data/NAME)")
-    parser.add_argument("--split", help="report on this split too: a name, or a file of ids")
-    task = parser.add_mutually_exclusive_group()
-    task.add_argument("--download", action="store_true",
-                      help="voc: first bring VOC 2012 and SBD, and make SegmentationClassAug/")
-    task.add_argument("--convert", action="store_true",
-                      help="custom: first turn CVAT's colour masks into SegmentationClassIds/")
-    args = parser.parse_args(argv)
-    try:
-        root = Path(args.data_root or PROTOCOLS[args.dataset].data_root)
-        if args.download or args.convert:
-            import prepare  # only here: it builds on this file
-            if args.download and args.dataset.startswith("voc"):
-                prepare.download_voc(root)
-            elif args.convert and args.dataset == "custom":
-                prepare.convert_colour_masks(root)
-            else:
-                raise InputError("--download goes with --dataset voc, --convert with --dataset custom"
-                                 + ("; for Cityscapes, log in at cityscapes-dataset.com and unpack "
-                                    f"leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip in {root}"
-                                    if args.dataset == "cityscapes" else ""))
-        data = open_data(args.dataset, args.data_root)
-        print(f"{args.dataset}: {len(data.images)} images, {len(data.masks)} masks; {len(data.train)} "
-              f"for training, {len(data.val)} for validation" + (f"\n{data.note}" if data.note else ""))
-        for split in SPLITS:
-            try:
-                labelled, unlabelled = split_ids(data, args.dataset, split)
-            except InputError as error:
-                print(error)
-                continue
-            print(f"--split {split:5} {len(labelled):6} labelled {len(unlabelled):6} unlabelled")
-        labelled, unlabelled = split_ids(data, args.dataset, args.split)
-        print(f"as given      {len(labelled):6} labelled {len(unlabelled):6} unlabelled")
-        found = problems(data, labelled, unlabelled, contents=10 ** 9)
-        for line in found:
-            print(line, file=sys.stderr)
-        if found:
-            sys.exit(2)
-        names = labelled
-        with ThreadPoolExecutor() as pool:
-            pixels = sum(pool.map(lambda name: np.bincount(np.asarray(data.mask(name)).ravel(),
-                                                           minlength=256), names))
-        for c, label in enumerate(data.classes):
-            print(f"{c:4} {label:20} {pixels[c] / pixels[:IGNORE].sum():7.2%} of the labelled pixels")
-        absent = [label for c, label in enumerate(data.classes) if not pixels[c]]
-        if absent:
-            print(f"classes without a labelled pixel: {short_list(absent)}")
-        print(f" 255 {'ignored':20} {pixels[IGNORE] / pixels.sum():7.2%} of all pixels")
-    except (InputError, OSError) as error:
-        print(f"data.py: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-if __name__ == "__main__":
-    sys.modules["data"] = sys.modules["__main__"]  # so that prepare.py raises this InputError
-    main()

@@ -1,24 +1,23 @@
-"""Mean IoU on a validation set, sliding windows (Sec. 3), pictures (Fig. 3b), and prediction.
+"""Mean IoU on a validation set, sliding windows (Sec. 3) and pictures (Fig. 3b).
 
     python evaluate.py CHECKPOINT                       per-class IoU on the run's validation set
     python evaluate.py CHECKPOINT --pictures DIR        with image | ground truth | prediction panels
-    python evaluate.py CHECKPOINT --predict PATH...     masks and overlays of any photographs
 """
 
 import argparse
-import os
+import math
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 
-from data import (IGNORE, IMAGE_SUFFIXES, InputError, loaded, normalize, open_data, open_photograph,
-                  picture_to_tensor, problems, short_list, unreadable)
+from data import IGNORE, InputError, loaded, normalize, open_data, picture_to_tensor, short_list, unreadable
 from model import DeepLabV3Plus
+from prepare import problems
+from ranks import join, leave, rank, sum_over_ranks, together, world_size
 
 WHOLE_IMAGE_PIXELS = 2048 * 1024  # a larger image goes through windows, so that memory is bounded
 
@@ -53,57 +52,78 @@ def predict(model, image, window=None, max_side=None):
                 the image's own size before the classes are taken (behind windows: the classes are).
     """
     size = image.shape[-2:]
-    image = normalize(image[None])
-    if max_side and max(size) > max_side:
-        small = [max(1, round(side * max_side / max(size))) for side in size]
-        image = F.interpolate(image, small, mode="bilinear", antialias=True)
-    elif not window and size[0] * size[1] > WHOLE_IMAGE_PIXELS:
-        window = 769
-    if window and max(image.shape[-2:]) > window:
-        return sliding_window(model, image, window, size)
+    image, window = network_input(model, image, window, max_side)
+    if window:
+        _, labels = sliding_window(model, image, window)
+        return labels if labels.shape == size else F.interpolate(labels[None, None], size)[0, 0]
     logits = model(image)
     if logits.shape[-2:] == size:
         return logits.argmax(1)[0].to(torch.uint8)
-    best, labels = None, torch.zeros(size, dtype=torch.uint8, device=image.device)
+    labels = torch.zeros(size, dtype=torch.uint8, device=image.device)
+    best = torch.full(size, -math.inf, device=image.device)
     for c in range(logits.shape[1]):  # a class at a time: C maps of a large photograph would not fit
         score = F.interpolate(logits[:, c:c + 1], size, mode="bilinear")[0, 0]
-        if best is not None:
-            labels.masked_fill_(score > best, c)
-        best = score if best is None else torch.maximum(best, score)
+        labels.masked_fill_(score > best, c)
+        best = torch.maximum(best, score)
     return labels
 
 
-def sliding_window(model, image, window, size):
-    """As predict, over windows at two thirds' stride (Sec. 3.1), their softmax summed.
+def confidence_map(model, image, window=None, max_side=None):
+    """(confidence (h, w) in [0, 1], labels (h, w) uint8): each pixel's highest probability and its
+    class, at the size that the network sees. Arguments as predict's."""
+    image, window = network_input(model, image, window, max_side)
+    if window:
+        return sliding_window(model, image, window)
+    confidence, labels = model(image).softmax(1)[0].max(0)
+    return confidence, labels.to(torch.uint8)
+
+
+def network_input(model, image, window, max_side):
+    """An image (3, H, W), uint8, as the model sees it, (1, 3, h, w), and the window, or None for a
+    single pass."""
+    dtype = next((p.dtype for p in model.parameters()), torch.float32)
+    image = normalize(image[None])
+    longer = max(image.shape[-2:])
+    if max_side and longer > max_side:
+        small = [max(1, round(side * max_side / longer)) for side in image.shape[-2:]]
+        image = F.interpolate(image, small, mode="bilinear", antialias=True)
+    height, width = image.shape[-2:]
+    if not window and height * width > WHOLE_IMAGE_PIXELS:
+        window = 769
+    return image.to(dtype), window if window and max(height, width) > window else None
+
+
+def sliding_window(model, image, window):
+    """As confidence_map, of a (1, 3, H, W) image, over windows at two thirds' stride (Sec. 3.1), their
+    softmax averaged.
 
     Four windows of a row make a batch. Only the rows of pixels that a later window still reaches
     are kept as scores, so memory grows with the width of an image and not with its height.
     """
     height, width = image.shape[-2:]
     tops, lefts = window_starts(height, window), window_starts(width, window)
-    labels, scores = [], None
+    confidence, labels, scores = [], [], None
     for top, next_top in zip(tops, tops[1:] + [height]):
         rows = image[..., top:top + window, :]
         band = None
         for some in (lefts[i:i + 4] for i in range(0, len(lefts), 4)):
             prob = model(torch.cat([rows[..., left:left + window] for left in some])).softmax(1)
             if band is None:
-                band = prob.new_zeros(1, prob.shape[1], rows.shape[-2], width)
+                band = prob.new_zeros(prob.shape[1], rows.shape[-2], width)
             for left, p in zip(some, prob):
-                band[0, ..., left:left + window] += p
+                band[..., left:left + window] += p
         if scores is not None:
-            band[..., :scores.shape[-2], :] += scores
-        labels.append(band[..., :next_top - top, :].argmax(1).to(torch.uint8))
-        scores = band[..., next_top - top:, :]
-    labels = torch.cat(labels, dim=1)
-    return labels[0] if labels.shape[1:] == size else F.interpolate(labels[None], size)[0, 0]
+            band[:, :scores.shape[1]] += scores
+        whole, scores = band[:, :next_top - top], band[:, next_top - top:]
+        best, classes = whole.max(0)
+        confidence.append(best / whole.sum(0))  # the sum is the number of windows over a pixel
+        labels.append(classes.to(torch.uint8))
+    return torch.cat(confidence), torch.cat(labels)
 
 
 def window_starts(length, window):
     """Where windows begin along a side: every two thirds of a window, the last at the border."""
-    stride = -(-window * 2 // 3)
-    return sorted({min(start, max(length - window, 0)) for start in range(0, length, stride)
-                   if start == 0 or start - stride + window < length})
+    return [*range(0, length - window, math.ceil(window * 2 / 3)), max(length - window, 0)]
 
 
 class ValidationImages(torch.utils.data.Dataset):
@@ -129,13 +149,12 @@ def load_rgb(data, name):
 
 @torch.inference_mode()
 def evaluate(models, data, device, window=None, max_side=None, workers=0, amp=False):
-    """The confusion matrices (models, C, C), int64, of this rank's share of data.val.
+    """The confusion matrices (models, C, C), int64, of this rank's part of data.val.
 
     Each rank takes every world-size-th image, so that each image counts once: sum_over_ranks adds
-    the shares up. The models are put into evaluation mode, and back.
+    the parts up. The models are put into evaluation mode, and back.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    images = ValidationImages(data, data.val[rank::world])
+    images = ValidationImages(data, data.val[rank()::world_size()])
     C = len(data.classes)
     confusions = torch.zeros(len(models), C, C, dtype=torch.int64, device=device)
     training = [model.training for model in models]
@@ -148,12 +167,6 @@ def evaluate(models, data, device, window=None, max_side=None, workers=0, amp=Fa
     for model, mode in zip(models, training):
         model.train(mode)
     return confusions
-
-
-def sum_over_ranks(confusions):
-    if dist.is_initialized():
-        dist.all_reduce(confusions)
-    return confusions.cpu()
 
 
 def iou_table(classes, confusions):
@@ -237,59 +250,9 @@ def stack(pictures, path):
     sheet.save(path)
 
 
-def overlay(image, labels, classes, palette):
-    """A photograph (3, H, W), uint8, under its class map (H, W), with a legend of the classes in it."""
-    photograph = Image.fromarray(image.permute(1, 2, 0).numpy())
-    picture = Image.blend(photograph, colourize(labels, palette).convert("RGB"), 0.5)
-    size = max(12, picture.width // 40)
-    present = labels.unique().tolist()
-    canvas = Image.new("RGB", (picture.width, picture.height + size * 3 // 2 * len(present)), "white")
-    canvas.paste(picture, (0, 0))
-    draw = ImageDraw.Draw(canvas)
-    for i, c in enumerate(present):
-        y = picture.height + size * 3 // 2 * i + size // 4
-        draw.rectangle((size // 2, y, size * 2, y + size), fill=tuple(palette[c]), outline="black")
-        draw.text((size * 5 // 2, y), f"{classes[c]} {(labels == c).float().mean():.0%}", fill="black",
-                  font=ImageFont.load_default(size))
-    return canvas
-
-
-@torch.inference_mode()
-def predict_files(model, state, paths, folder, device):
-    """Write STEM.png, the class map, and STEM_overlay.png for each photograph in files and folders.
-
-    A photograph that cannot be read, or whose results would overwrite another file that is read or
-    written here, is named on stderr and skipped. Returns how many were.
-    """
-    photographs = [file for path in paths for file in (
-        sorted(f for f in path.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES) if path.is_dir()
-        else [path])]
-    if not photographs:
-        raise InputError(f"--predict {paths[0]}: no photograph in it")
-    folder.mkdir(parents=True, exist_ok=True)
-    settings, skipped, taken = state["settings"], 0, {file.resolve() for file in photographs}
-    for done, file in enumerate(photographs, 1):
-        targets = [folder / f"{file.stem}.png", folder / f"{file.stem}_overlay.png"]
-        try:
-            if not taken.isdisjoint(target.resolve() for target in targets):
-                raise InputError(f"{file}: its result would overwrite {targets[0]}; give another --out")
-            image = picture_to_tensor(open_photograph(file).convert("RGB"))
-            labels = predict(model, image.to(device), settings["window"], settings["image_size"]).cpu()
-            colourize(labels, state["palette"]).save(targets[0])
-            overlay(image, labels, state["classes"], state["palette"]).save(targets[1])
-            taken.update(target.resolve() for target in targets)
-        except (InputError, OSError, SyntaxError) as error:
-            text = str(error) if isinstance(error, InputError) else unreadable(file, error)
-            print(f"evaluate.py: {text}", file=sys.stderr)
-            skipped += 1
-        if done % 20 == 0 or done == len(photographs):
-            print(f"{done}/{len(photographs)} photographs, {skipped} skipped", flush=True)
-    return skipped
-
-
 def main(argv=None):
-    """Exit code 2 for input that cannot be used, 1 if photographs were skipped."""
-    parser = argparse.ArgumentParser(description="Evaluate or use a checkpoint of train.py.")
+    """Exit code 2 for input that cannot be used."""
+    parser = argparse.ArgumentParser(description="Evaluate a checkpoint of train.py.")
     parser.add_argument("checkpoint", type=Path, help="last.pth or best.pth in a run's folder")
     parser.add_argument("--data-root", help="where the data set is, if not where training found it")
     parser.add_argument("--student", action="store_true", help="the student instead of the teacher")
@@ -297,24 +260,12 @@ def main(argv=None):
                         help="write a panel of each validation image: image | truth | prediction")
     parser.add_argument("--beside", type=Path, metavar="CHECKPOINT",
                         help="a second prediction in the panels, left of the first: a baseline's")
-    parser.add_argument("--predict", type=Path, nargs="+", metavar="PATH",
-                        help="photographs, or folders of them, to segment instead of evaluating")
-    parser.add_argument("--out", type=Path, default=Path("predictions"),
-                        help="where --predict writes (default: predictions)")
     parser.add_argument("--workers", type=int, default=0, help="loader processes")
     args = parser.parse_args(argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    device = join()
     try:
         model, state = load_model(args.checkpoint, args.student, device)
-        settings = state["settings"]
-        if args.predict:
-            missing = [path for path in args.predict if not path.exists()]
-            if missing:
-                raise InputError(f"--predict {missing[0]}: no such file or folder")
-            sys.exit(1 if predict_files(model, state, args.predict, args.out, device) else 0)
-        models = []
+        settings, models = state["settings"], []
         if args.beside:
             other, its_state = load_model(args.beside, args.student, device)
             if its_state["classes"] != state["classes"] or not args.pictures:
@@ -328,25 +279,22 @@ def main(argv=None):
         found = problems(data, data.val, [])
         if found:
             raise InputError(found[0])
-        if "RANK" in os.environ:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-        first = not dist.is_initialized() or dist.get_rank() == 0
-        confusion, = sum_over_ranks(evaluate(
-            [model], data, device, settings["window"], settings["image_size"], args.workers,
+        confusion, = sum_over_ranks(together(
+            evaluate, [model], data, device, settings["window"], settings["image_size"], args.workers,
             settings["amp"] and device.type == "cuda"))
-        if first:
+        if rank() == 0:
             print(iou_table(data.classes, {"student" if args.student else "teacher": confusion}))
-        if args.pictures and first:
+        if args.pictures and rank() == 0:
             args.pictures.mkdir(parents=True, exist_ok=True)
             for name, picture in panels([*models, model], data, data.val, device, settings["window"],
                                         settings["image_size"]):
                 picture.save(args.pictures / f"{name}.png")
-        if dist.is_initialized():
-            dist.destroy_process_group()
     except (InputError, OSError) as error:
-        if dist.is_initialized() or os.environ.get("RANK", "0") == "0":  # before, all ranks see it
+        if rank() == 0:
             print(f"evaluate.py: {error}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        leave()
 
 
 if __name__ == "__main__":

@@ -1,19 +1,23 @@
-"""Brings and prepares data: PASCAL VOC 2012 with SBD's masks, and the colour masks of CVAT.
+"""Is the data fit to train on? Checks it, downloads it, converts it.
 
-    python data.py --dataset voc --data-root DIR --download
-    python data.py --dataset custom --data-root DIR --convert
+    python prepare.py --dataset NAME --data-root DIR       says what is there, and what is wrong with it
+    python prepare.py --dataset voc --download             downloads and prepares PASCAL VOC 2012 and SBD
+    python prepare.py --dataset custom --data-root DIR --convert   colour masks (CVAT) -> index masks
 
-Stopped anywhere, the same command goes on: what is unfinished is called .part, and takes its own
+Stopped anywhere, the same command resumes: what is unfinished is called .part, and takes its own
 name only when it is complete. What the user has is read, never changed.
 """
 
+import argparse
 import filecmp
 import os
 import re
 import shutil
 import socket
+import sys
 import tarfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 from pathlib import Path
 
@@ -23,15 +27,103 @@ from torchvision.datasets import SBDataset
 from torchvision.datasets.utils import check_integrity, download_url
 from torchvision.datasets.voc import DATASET_YEAR_DICT
 
-from data import IGNORE, InputError, read_list, short_list, stems, unreadable, voc_palette
+from data import (
+    IGNORE,
+    PROTOCOLS,
+    SPLITS,
+    InputError,
+    Shapes,
+    open_data,
+    read_list,
+    short_list,
+    split_ids,
+    stems,
+    unreadable,
+    voc_palette,
+)
 
 TRAINING_IDS = 10582  # VOC train and all of SBD, without VOC val
 TIMEOUT = 60  # seconds for which a server may say nothing
 AGAIN = "run the same command again"
 
 
+def check_data(data, labelled, unlabelled, supervised=False, contents=500):
+    """Everything that would spoil a run on these ids, a line each; [] if all is well."""
+    found = problems(data, labelled, [] if supervised else unlabelled, contents)
+    if not unlabelled and not supervised:
+        found.append("no unlabelled image is left; give a smaller --split (1_8 labels every eighth), "
+                     "add images without masks, or train with --supervised")
+    return found
+
+
+def problems(data, labelled, unlabelled, contents=500):
+    """Everything that would spoil a run, a line each; [] if all is well.
+
+    Files and sizes are read from the headers of all images and masks; the contents of the masks,
+    from at most `contents` of them, evenly spread (the others are checked whenever they are read).
+    """
+    if isinstance(data, Shapes):
+        return []  # drawn, not read
+    found = []
+    if not labelled:
+        found.append("no labelled image: no mask belongs to a training image; give masks, or another "
+                     "--split")
+    both = sorted(set(data.train) & set(data.val))
+    if both:
+        found.append(f"{len(both)} validation images are among the training ones: "
+                     f"{short_list(both)}; keep each in one list")
+    if not data.val:
+        found.append("no validation image: list some, with masks, in ImageSets/Segmentation/val.txt")
+    with_masks = sorted({*labelled, *data.val})
+    everything = sorted({*with_masks, *unlabelled})
+    absent = [n for n in everything if n not in data.images or not data.images[n].is_file()]
+    if absent:
+        found.append(f"{len(absent)} listed images are missing: {short_list(absent)}; complete the "
+                     f"data set or fix the list")
+    unmasked = [n for n in with_masks if n not in data.masks or not data.masks[n].is_file()]
+    if unmasked:
+        found.append(f"{len(unmasked)} images of the labelled or validation list have no mask: "
+                     f"{short_list(unmasked)}; add their masks or take them off the list")
+    skip = {*absent, *unmasked}
+
+    def header(name):
+        try:
+            size = data.image(name).size
+            if name in with_masks_set and name not in skip:
+                with Image.open(data.masks[name]) as mask:
+                    if mask.size != size:
+                        return (f"{data.masks[name]}: {mask.width} x {mask.height} pixels, but its "
+                                f"image (upright, as its EXIF says) has {size[0]} x {size[1]}; "
+                                f"export the mask again")
+        except InputError as error:
+            return str(error)
+        except (OSError, SyntaxError) as error:
+            return unreadable(data.masks[name], error)
+
+    def content(name):
+        try:
+            seen[np.unique(data.mask(name))] = True
+        except InputError as error:
+            return str(error)
+
+    seen = np.zeros(256, bool)
+    with_masks_set = set(with_masks)
+    readable = [n for n in with_masks if n not in skip]
+    with ThreadPoolExecutor() as pool:
+        found += filter(None, pool.map(header, (n for n in everything if n not in absent)))
+        found += filter(None, pool.map(content, readable[::-(-len(readable) // contents) or 1]))
+    strays = sorted(data.masks.keys() - data.images.keys())
+    if strays:
+        found.append(f"{len(strays)} masks have no image of their name: {short_list(strays)}; a mask "
+                     f"needs the stem of its image")
+    if readable and not found and not seen[:IGNORE].any():
+        found.append(f"the masks, {data.masks[readable[0]].name} for one, hold nothing but {IGNORE}, "
+                     f"which is ignored; export them as class ids")
+    return list(dict.fromkeys(found))
+
+
 def download_voc(root):
-    """Bring VOC 2012 and SBD, and make SegmentationClassAug/, a mask for each of the 10,582 ids.
+    """Download VOC 2012 and SBD, and make SegmentationClassAug/, a mask for each of the 10,582 ids.
 
     3.4 GB come from torchvision's addresses, under its checksums; about 8 GB of disk hold it all.
     A VOC 2012 where open_voc looks for it, benchmark_RELEASE/ and the two archives in `root` are
@@ -40,8 +132,8 @@ def download_voc(root):
     root = Path(root)
     folder, url, file, md5 = (DATASET_YEAR_DICT["2012"][key]
                               for key in ("base_dir", "url", "filename", "md5"))
-    voc = next((root / place for place in (".", "VOC2012", "VOCdevkit/VOC2012", "..")
-                if (root / place / "JPEGImages").is_dir()), None)
+    voc = next((root / parent for parent in (".", "VOC2012", "VOCdevkit/VOC2012", "..")
+                if (root / parent / "JPEGImages").is_dir()), None)
     if voc is None or not stems(voc / "SegmentationClassAug"):
         try:
             from scipy.io import loadmat
@@ -130,11 +222,11 @@ def unpacked(root, folder, url, filename, md5):
 
 
 def fetch(url, archive, md5):
-    """Bring an archive, unless it is there. It gets its name when its checksum is right."""
+    """Download an archive, unless it is there. It gets its name when its checksum is right."""
     if check_integrity(archive, md5):
         return
     print(f"{url} -> {archive}", flush=True)
-    remedy = f"{AGAIN}, or bring the file from elsewhere to {archive}"
+    remedy = f"{AGAIN}, or copy the file from elsewhere to {archive}"
     try:
         socket.setdefaulttimeout(TIMEOUT)  # urllib alone would wait for ever
         download_url(url, archive.parent.absolute(), f"{archive.name}.part", md5)
@@ -184,7 +276,7 @@ def convert_colour_masks(root):
             strange = (f"({c >> 16},{c >> 8 & 255},{c & 255})"
                        for c in np.unique(codes[labels < 0]))
             raise InputError(f"{path}: holds colours that labelmap.txt has not: "
-                             f"{short_list(strange)}; add them there, or mend the mask")
+                             f"{short_list(strange)}; add them there, or fix the mask")
         write_png(labels, colours, part / f"{name}.png")
     for path in stems(final).values():
         new = part / path.name
@@ -213,7 +305,7 @@ def read_label_map(path):
     colours = [tuple(map(int, entry.groups()[1:4])) for entry in entries if entry]
     if not 0 < len(set(colours)) == len(entries) <= IGNORE or max(map(max, colours)) > 255:
         raise InputError(f"{path}: not 1 to 255 lines of label:r,g,b:parts:actions, each of its "
-                         f"own colour; mend it, and {AGAIN}")
+                         f"own colour; fix it, and {AGAIN}")
     return [entry[1].strip() for entry in entries], np.array(colours)
 
 
@@ -224,3 +316,64 @@ def write_png(labels, colours, path):
     picture.putpalette(np.array(colours, np.uint8).tobytes())
     picture.save(path.with_suffix(".part"), "PNG")
     os.replace(path.with_suffix(".part"), path)
+
+
+def main(argv=None):
+    """Report on a data set; exit code 2 if something is wrong with it."""
+    parser = argparse.ArgumentParser(description="Check a data set, and say what is wrong with it.")
+    parser.add_argument("--dataset", choices=PROTOCOLS, default="shapes")
+    parser.add_argument("--data-root", help="folder of the data set (default: data/NAME)")
+    parser.add_argument("--split", help="report on this split too: a name, or a file of ids")
+    task = parser.add_mutually_exclusive_group()
+    task.add_argument("--download", action="store_true",
+                      help="voc: first download VOC 2012 and SBD, and make SegmentationClassAug/")
+    task.add_argument("--convert", action="store_true",
+                      help="custom: first turn CVAT's colour masks into SegmentationClassIds/")
+    args = parser.parse_args(argv)
+    try:
+        root = Path(args.data_root or PROTOCOLS[args.dataset].data_root)
+        if args.download or args.convert:
+            if args.download and args.dataset.startswith("voc"):
+                download_voc(root)
+            elif args.convert and args.dataset == "custom":
+                convert_colour_masks(root)
+            else:
+                raise InputError("--download goes with --dataset voc, --convert with --dataset custom"
+                                 + ("; for Cityscapes, log in at cityscapes-dataset.com and unpack "
+                                    f"leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip in {root}"
+                                    if args.dataset == "cityscapes" else ""))
+        data = open_data(args.dataset, args.data_root)
+        print(f"{args.dataset}: {len(data.images)} images, {len(data.masks)} masks; {len(data.train)} "
+              f"for training, {len(data.val)} for validation" + (f"\n{data.note}" if data.note else ""))
+        for split in SPLITS:
+            try:
+                labelled, unlabelled = split_ids(data, args.dataset, split)
+            except InputError as error:
+                print(error)
+                continue
+            print(f"--split {split:5} {len(labelled):6} labelled {len(unlabelled):6} unlabelled")
+        labelled, unlabelled = split_ids(data, args.dataset, args.split)
+        print(f"as given      {len(labelled):6} labelled {len(unlabelled):6} unlabelled")
+        found = problems(data, labelled, unlabelled, contents=10 ** 9)
+        for line in found:
+            print(line, file=sys.stderr)
+        if found:
+            sys.exit(2)
+        names = labelled
+        with ThreadPoolExecutor() as pool:
+            pixels = sum(pool.map(lambda name: np.bincount(np.asarray(data.mask(name)).ravel(),
+                                                           minlength=256), names))
+        for c, label in enumerate(data.classes):
+            print(f"{c:4} {label:20} {pixels[c] / pixels[:IGNORE].sum():7.2%} of the labelled pixels")
+        absent = [label for c, label in enumerate(data.classes) if not pixels[c]]
+        if absent:
+            print(f"classes without a labelled pixel: {short_list(absent)}")
+        print(f" 255 {'ignored':20} {pixels[IGNORE] / pixels.sum():7.2%} of all pixels")
+    except (InputError, OSError) as error:
+        print(f"prepare.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    sys.modules["data"] = sys.modules["__main__"]  # so that py raises this InputError
+    main()

@@ -11,8 +11,21 @@ import torch
 from PIL import Image
 
 import data
-from data import (DRAWN_SPLITS, IGNORE, SPLITS, InputError, Shapes, TrainingDraws, normalize,
-                  open_data, problems, read_list, split_ids, training_batches)
+from data import (
+    DRAWN_SPLITS,
+    IGNORE,
+    SPLITS,
+    InputError,
+    Shapes,
+    TrainingDraws,
+    normalize,
+    open_data,
+    read_list,
+    split_ids,
+    training_batches,
+)
+from prepare import problems
+from shapes import draw_shapes
 
 HERE = Path(__file__).parent
 CAMVID = HERE.parent / "shared" / "camvid"
@@ -204,7 +217,7 @@ def test_shapes_are_the_same_every_time_and_differ_from_each_other():
     shapes = Shapes()
     assert len(shapes.train) == 256 and len(shapes.val) == 128
     first = np.array(shapes.image("train_007"))
-    data.draw_shapes.cache_clear()
+    draw_shapes.cache_clear()
     assert (first == np.array(shapes.image("train_007"))).all()
     assert len({shapes.image(name).tobytes() for name in shapes.train + shapes.val}) == 384
     labels = np.concatenate([np.unique(shapes.mask(name)) for name in shapes.train])
@@ -309,7 +322,7 @@ def test_masks_of_many_are_checked_where_they_are_read(tmp_path):
 
 
 def report(*arguments):
-    return subprocess.run([sys.executable, HERE / "data.py", *map(str, arguments)],
+    return subprocess.run([sys.executable, HERE / "prepare.py", *map(str, arguments)],
                           capture_output=True, text=True)
 
 

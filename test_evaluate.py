@@ -1,4 +1,4 @@
-"""Mean IoU, sliding windows, pictures, prediction."""
+"""Mean IoU, sliding windows, pictures."""
 
 import multiprocessing
 
@@ -8,9 +8,19 @@ import torch
 from PIL import Image
 
 import evaluate
-from data import InputError, SegmentationData, Shapes
-from evaluate import (colourize, confusion_matrix, load_checkpoint, mean_iou, panel, predict,
-                      predict_files, sliding_window, window_starts)
+from data import InputError, SegmentationData, Shapes, normalize
+from evaluate import (
+    colourize,
+    confidence_map,
+    confusion_matrix,
+    load_checkpoint,
+    mean_iou,
+    panel,
+    predict,
+    sliding_window,
+    window_starts,
+)
+from model import DeepLabV3Plus
 
 
 def test_mean_iou_of_a_2x2_image():
@@ -75,11 +85,12 @@ def test_sliding_windows_against_a_slow_version(height, width):
     for top in window_starts(height, 16):
         for left in window_starts(width, 16):
             place = slice(top, top + 16), slice(left, left + 16)
-            scores[:, *place] += Corner()(image[:, :, *place])[0].softmax(0)
+            scores[(..., *place)] += Corner()(image[(..., *place)])[0].softmax(0)
             counts[place] += 1
     assert counts.min() >= 1
-    expected = (scores / counts).argmax(0)
-    assert sliding_window(Corner(), image, 16, (height, width)).equal(expected.to(torch.uint8))
+    expected, classes = (scores / counts).max(0)
+    confidence, labels = sliding_window(Corner(), image, 16)
+    assert labels.equal(classes.to(torch.uint8)) and torch.allclose(confidence, expected)
 
 
 def test_predict_gives_the_images_own_size():
@@ -100,6 +111,26 @@ def test_a_large_image_goes_through_windows_by_itself(monkeypatch):
     image = torch.zeros(3, 1500, 1600, dtype=torch.uint8)
     assert predict(Spy(), image).shape == (1500, 1600)
     assert max(sizes) <= (769, 769)
+
+
+def test_predict_takes_a_network_in_half_precision():
+    torch.manual_seed(0)
+    network = DeepLabV3Plus(3, "resnet18", channels=16).eval()
+    image = (torch.rand(3, 64, 64) * 255).to(torch.uint8)
+    with torch.inference_mode():
+        expected = predict(network, image)
+        assert (predict(network.half(), image) == expected).float().mean() > 0.99
+
+
+def test_confidence_map_at_the_size_that_the_network_sees():
+    image = (torch.rand(3, 50, 70, generator=torch.Generator().manual_seed(0)) * 255).to(torch.uint8)
+    confidence, labels = confidence_map(Brightness(), image)
+    expected, classes = Brightness()(normalize(image[None])).softmax(1)[0].max(0)
+    assert confidence.equal(expected) and labels.equal(classes.to(torch.uint8))
+    for window in (None, 16):
+        confidence, labels = confidence_map(Brightness(), image, window, max_side=35)
+        assert confidence.shape == labels.shape == (25, 35)
+        assert confidence.min() >= 0.5 and confidence.max() <= 1
 
 
 class Truth(torch.nn.Module):
@@ -133,11 +164,10 @@ def test_every_image_counts_once_on_any_number_of_ranks(tmp_path, monkeypatch, w
     # Five images on 2, 3 or 4 ranks: the ranks' own matrices must add up to the whole.
     data = tiny_data(tmp_path)
     whole, = evaluate.evaluate([Truth()], data, torch.device("cpu"))
-    monkeypatch.setattr(evaluate.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(evaluate.dist, "get_world_size", lambda: world)
+    monkeypatch.setattr(evaluate, "world_size", lambda: world)
     parts = []
     for rank in range(world):
-        monkeypatch.setattr(evaluate.dist, "get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(evaluate, "rank", lambda rank=rank: rank)
         parts += evaluate.evaluate([Truth()], data, torch.device("cpu"))
     assert sum(parts).equal(whole)
 
@@ -150,48 +180,6 @@ def test_colourize_and_panel():
     row = panel(torch.zeros(3, 2, 2, dtype=torch.uint8), labels, labels, palette=[(9, 9, 9)] * 3)
     assert row.size == (64 * (2 * 3 + 4 * 2), 64 * 2)  # enlarged from 14 x 2
     assert row.getpixel((64 * 6, 63)) == (9, 9, 9) and row.getpixel((64 * 5, 0)) == (255, 255, 255)
-
-
-def test_predict_files_writes_maps_at_the_photographs_own_upright_size(tmp_path, capsys):
-    inputs, out = tmp_path / "in", tmp_path / "out"
-    inputs.mkdir()
-    tall = Image.new("RGB", (20, 30), "white")
-    tall.paste("black", (0, 0, 20, 15))
-    tall.transpose(Image.Transpose.ROTATE_90).save(inputs / "phone.jpg", exif=orientation(6), quality=95)
-    tall.save(inputs / "plain.png")
-    (inputs / "broken.jpg").write_bytes((inputs / "phone.jpg").read_bytes()[:300])
-    (inputs / "notes.txt").write_text("not a photograph")
-    state = {"settings": {"window": None, "image_size": None}, "classes": ["dark", "bright"],
-             "palette": [(0, 0, 0), (255, 0, 0)]}
-    assert predict_files(Brightness(), state, [inputs], out, torch.device("cpu")) == 1
-    captured = capsys.readouterr()
-    assert "broken.jpg" in captured.err and "3/3 photographs, 1 skipped" in captured.out
-    for name in ("phone", "plain"):
-        labels = Image.open(out / f"{name}.png")
-        assert labels.mode == "P" and labels.size == (20, 30)
-        assert np.array(labels)[:14].max() == 0 and np.array(labels)[17:].min() == 1
-        assert Image.open(out / f"{name}_overlay.png").height > 30  # the legend is below
-
-
-def orientation(value):
-    exif = Image.Exif()
-    exif[0x0112] = value
-    return exif
-
-
-def test_predict_files_never_overwrites_a_photograph_or_another_result(tmp_path, capsys):
-    (tmp_path / "a").mkdir()
-    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
-    Image.new("RGB", (8, 8)).save(tmp_path / "a" / "x.png")
-    before = (tmp_path / "x.png").read_bytes()
-    state = {"settings": {"window": None, "image_size": None}, "classes": ["dark", "bright"],
-             "palette": [(0, 0, 0), (255, 0, 0)]}
-    device = torch.device("cpu")
-    assert predict_files(Brightness(), state, [tmp_path / "x.png"], tmp_path, device) == 1
-    assert (tmp_path / "x.png").read_bytes() == before
-    both = [tmp_path / "x.png", tmp_path / "a" / "x.png"]
-    assert predict_files(Brightness(), state, both, tmp_path / "out", device) == 1
-    assert "give another --out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -123,7 +123,7 @@ def check_prepared(root):
         with Image.open(path) as picture:
             assert picture.mode == "P" and np.array_equal(picture, expected), name
             assert picture.getpalette()[:6] == [0, 0, 0, 128, 0, 0]
-    assert data.problems(voc, voc.train, []) == []
+    assert prepare.problems(voc, voc.train, []) == []
     assert data.open_data("voc_classic", root).labelled == TRAIN
     assert not list(root.rglob("*.part"))
 
@@ -301,7 +301,7 @@ def test_a_truncated_archive_that_its_checksum_lets_pass(server, tmp_path, monke
 def test_a_file_that_the_server_has_not(server, tmp_path, name):
     (server.folder / name).unlink()
     refused(tmp_path / "data", f"{server.address}/{name}: cannot be fetched", "404",
-            f"bring the file from elsewhere to {tmp_path / 'data' / name}")
+            f"copy the file from elsewhere to {tmp_path / 'data' / name}")
 
 
 def test_no_network(server, tmp_path, monkeypatch):
@@ -416,7 +416,7 @@ def test_colours_become_ids(tmp_path):
     custom = data.open_data("custom", root)
     assert custom.classes == ["background", "road: main", "car"]
     assert sorted(custom.labelled + custom.val) == ["a", "b", "c"] and "d" in custom.train
-    assert data.problems(custom, custom.labelled, ["d"]) == []
+    assert prepare.problems(custom, custom.labelled, ["d"]) == []
 
 
 @pytest.mark.parametrize("label_map, black", [
