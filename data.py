@@ -7,7 +7,11 @@ from one iteration to the next, so a run can resume anywhere, on any number of r
 """
 
 import re
+import shlex
 import signal
+import unicodedata
+import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from multiprocessing import resource_tracker
@@ -15,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 import augment
 from shapes import SHAPES_CLASSES, draw_shapes
@@ -84,7 +88,13 @@ CITYSCAPES = {  # class: (its labelId, its colour), in the order of the 19 train
 }
 TRAINING_SETS = {"voc": 10582, "voc_classic": 1464, "cityscapes": 2975}  # what a split is a part of
 DRAWN_SPLITS = {"voc_classic": (92, 183, 366, 732), "cityscapes": (186, 372, 744, 1488)}
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+MASK_FOLDERS = ("SegmentationClassIds", "SegmentationClass", "SegmentationClassPNG", "masks")
+TURNS = dict(zip(range(2, 9), (  # what an EXIF orientation asks for
+    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90), strict=True))
+warnings.filterwarnings("ignore", module=r"PIL\.")  # odd metadata, large photographs: both are read
 
 
 def voc_palette(num_classes):
@@ -100,7 +110,9 @@ class SegmentationData:
     images, masks:  id -> file. An unlabelled image has no mask.
     train, val:     sorted ids; `labelled` are those of train that a split may take as labelled.
     label_ids:      a table of 256 from the ids in the mask files to the training ids, or None.
-    note:           a line that says what was decided about this data set, or None.
+    notes:          lines that say what was decided about this data set.
+    dataset, root:  --dataset and --data-root, for commands in messages.
+    folders:        own data: the folders of the photographs and of the masks.
     """
     classes: list
     palette: list
@@ -110,56 +122,105 @@ class SegmentationData:
     val: list = field(repr=False)
     labelled: list = field(repr=False)
     label_ids: np.ndarray | None = field(default=None, repr=False)
-    note: str | None = None
+    notes: list = field(default_factory=list, repr=False)
+    dataset: str = "shapes"
+    root: Path | None = None
+    folders: tuple | None = field(default=None, repr=False)
 
     def image(self, name):
         """The photograph as a Pillow image, upright as its EXIF says. Decoded only when needed."""
         return open_photograph(self.images[name])
 
-    def mask(self, name):
-        """The label map as a Pillow "L" image of class ids and 255.
+    def labels(self, name):
+        """(labels, palette): an (H, W) integer array of class ids and 255, which may hold ids that no
+        class has, and the mask's own colours [r, g, b, r, ...] if it is an index PNG, else None.
 
-        Raises InputError for a file that cannot be read, is in colour, or holds other ids.
+        Raises InputError for a file that cannot be read or is told by colour.
         """
         path = self.masks[name]
-        try:
-            with Image.open(path) as picture:
-                labels = np.array(picture)
-        except (OSError, SyntaxError) as error:
-            raise InputError(unreadable(path, error)) from None
-        if labels.ndim != 2:
-            raise InputError(f"{path}: a colour image ({picture.mode}); masks must be index PNGs "
-                             f"(one channel of class ids); see --convert")
+        with reading(path), Image.open(path) as picture:
+            labels = np.array(picture)
+            palette = picture.getpalette() if picture.mode == "P" else None
+        one_bit = labels.dtype == bool and labels.any() and len(self.classes) > 2
+        if labels.ndim != 2 or one_bit:
+            kind = "of one bit" if one_bit else f"a colour image ({picture.mode})"
+            raise InputError(f"{path}: {kind}, not an index PNG (one channel of class ids); "
+                             + self.conversion("replace the mask"))
+        if labels.dtype == bool:
+            labels = labels.astype(np.uint8)
         if self.label_ids is not None:
-            labels = self.label_ids[labels]
-        strange = labels[(labels != IGNORE) & ((labels < 0) | (labels >= len(self.classes)))]
+            labels = np.where(labels > IGNORE, labels, self.label_ids[labels.clip(max=IGNORE)])
+        return labels, palette
+
+    def mask(self, name):
+        """The label map as a Pillow "L" image of class ids and 255; raises InputError for other ids."""
+        labels, _ = self.labels(name)
+        strange = labels[(labels != IGNORE) & (labels >= len(self.classes))]
         if strange.size:
-            raise InputError(f"{path}: holds the ids {short_list(np.unique(strange))}, but there are "
-                             f"{len(self.classes)} classes (0 to {len(self.classes) - 1}; 255 is "
-                             f"ignored); fix the mask or the list of classes")
+            raise InputError(f"{self.masks[name]}: holds the ids {short_list(np.unique(strange))}, but "
+                             f"there are {len(self.classes)} classes (0 to {len(self.classes) - 1}); "
+                             f"what to do says: {self.command('prepare.py')}")
         return Image.fromarray(labels.astype(np.uint8))
+
+    def command(self, script, *options):
+        return command(script, self.dataset, self.root, *options)
+
+    def conversion(self, otherwise=""):
+        """The remedy for masks that are told by colour: the command for own data."""
+        if self.dataset != "custom":
+            return otherwise
+        return f"make class ids of the masks: {self.command('prepare.py', '--convert')}"
+
+
+def command(script, dataset, root, *options):
+    """A whole command, for a message: as it can be pasted into a shell."""
+    where = ["--data-root", str(root)] if root else []
+    return shlex.join(["python", script, "--dataset", dataset, *where, *options])
 
 
 def open_photograph(path):
     """A Pillow image, upright, and not decoded yet unless its EXIF had it turned."""
-    try:
+    with reading(path):
         image = Image.open(path)
-        # exif_transpose, and getexif of a PNG, decode whatever they are given
-        if "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-            ImageOps.exif_transpose(image, in_place=True)
         if image.mode[0] in "IF":
             raise InputError(f"{path}: has more than 8 bits a channel ({image.mode}); convert it to "
                              f"an 8-bit photograph")
+        if "exif" in image.info or image.format == "TIFF":  # for others, getexif decodes the image
+            try:
+                orientation = image.getexif().get(ExifTags.Base.Orientation)
+            except Exception:  # an EXIF that cannot be read says nothing
+                orientation = None
+            if orientation in TURNS:
+                # A TIFF turns itself when it is loaded. exif_transpose would write the EXIF anew.
+                image = image.load() and image if image.format == "TIFF" else image.transpose(
+                    TURNS[orientation])
         return image
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+
+
+@contextmanager
+def reading(path):
+    """Makes an InputError, which names the file, of whatever reading it raises."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # Pillow has a dozen kinds of them
         raise InputError(unreadable(path, error)) from None
 
 
 def unreadable(path, error):
     if isinstance(error, FileNotFoundError):
-        return f"{path}: no such file"
-    reason = (str(error) or type(error).__name__).splitlines()[0]
-    return f"{path}: cannot be read ({reason}); replace the file"
+        return f"{path}: " + ("a link to nothing; remove it" if path.is_symlink() else "no such file")
+    if isinstance(error, UnicodeError):
+        return f"{path}: not UTF-8; save it as UTF-8"
+    if isinstance(error, Image.DecompressionBombError):
+        limit = 2 * Image.MAX_IMAGE_PIXELS // 10 ** 6
+        return f"{path}: more than {limit} megapixels; tile or shrink it"
+    if isinstance(error, UnidentifiedImageError) and path.read_bytes()[4:8] == b"ftyp":
+        return f"{path}: a HEIC or AVIF photograph; convert it to JPEG"
+    reason = ("not an image" if isinstance(error, UnidentifiedImageError) else
+              (str(error) or type(error).__name__).splitlines()[0])
+    return f"{path}: cannot be read ({reason}); replace or remove it"
 
 
 def short_list(items, most=3):
@@ -169,18 +230,23 @@ def short_list(items, most=3):
 
 def open_data(dataset, root=None):
     """The data set that --dataset and --data-root name. Raises InputError where it is not there."""
-    root = Path(root or PROTOCOLS[dataset].data_root)
     if dataset == "shapes":
+        if root:
+            raise InputError(f"--data-root {root}: the data set shapes is drawn, not read; give --dataset "
+                             f"custom (or voc, voc_classic, cityscapes) with it")
         return Shapes()
+    root = Path(root or PROTOCOLS[dataset].data_root)
     if not root.is_dir():
-        remedy = {"voc": ", or download it: python prepare.py --dataset voc --download",
+        remedy = {"voc": f", or download it: {command('prepare.py', 'voc', root, '--download')}",
                   "cityscapes": ", with leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip from "
                                 "cityscapes-dataset.com unpacked in it"}
         raise InputError(f"--data-root {root}: no such folder; give the folder of {dataset}"
                          + remedy.get(dataset.removesuffix("_classic"), ""))
-    if dataset == "cityscapes":
-        return open_cityscapes(root)
-    return open_custom(root) if dataset == "custom" else open_voc(root, dataset)
+    opened = {"cityscapes": open_cityscapes, "custom": open_custom}.get(dataset, open_voc)(root)
+    opened.dataset, opened.root = dataset, root
+    if dataset == "voc":
+        opened.labelled = opened.train
+    return opened
 
 
 def find_folder(root, child, parents):
@@ -191,8 +257,9 @@ def find_folder(root, child, parents):
     raise InputError(f"--data-root {root}: no folder {child}/ in it; give the folder that holds it")
 
 
-def open_voc(root, dataset):
-    """PASCAL VOC 2012, with SBD's masks in SegmentationClassAug/ for the blended training set."""
+def open_voc(root):
+    """PASCAL VOC 2012, with SBD's masks in SegmentationClassAug/ for the blended training set; only
+    VOC's own training ids are `labelled`."""
     root = find_folder(root, "JPEGImages", (".", "VOC2012", "VOCdevkit/VOC2012", ".."))
     lists = root / "ImageSets" / "Segmentation"
     voc_train, val = read_list(lists / "train.txt"), read_list(lists / "val.txt")
@@ -200,11 +267,10 @@ def open_voc(root, dataset):
     own = stems(root / "SegmentationClass")
     if not blended:
         raise InputError(f"{root / 'SegmentationClassAug'}: no masks; the blended training set needs "
-                         f"SBD's: python prepare.py --dataset voc --data-root {root} --download")
+                         f"SBD's: {command('prepare.py', 'voc', root, '--download')}")
     train = sorted((set(blended) | set(voc_train)) - set(val))
     images = {name: root / "JPEGImages" / f"{name}.jpg" for name in train + val}
-    return SegmentationData(VOC_CLASSES, voc_palette(21), images, blended | own, train, val,
-                            labelled=train if dataset == "voc" else voc_train)
+    return SegmentationData(VOC_CLASSES, voc_palette(21), images, blended | own, train, val, voc_train)
 
 
 def open_cityscapes(root):
@@ -214,11 +280,12 @@ def open_cityscapes(root):
         raise InputError(f"{root}: no folder gtFine/ in it; unpack gtFine_trainvaltest.zip there")
     images, masks, lists = {}, {}, {"train": [], "val": []}
     for part, names in lists.items():
-        for path in sorted((root / "leftImg8bit" / part).glob("*/*_leftImg8bit.png")):
-            name, city = path.name.removesuffix("_leftImg8bit.png"), path.parent.name
+        for path in sorted((root / "leftImg8bit" / part).rglob("*_leftImg8bit.png")):
+            name = path.name.removesuffix("_leftImg8bit.png")
             names.append(name)
             images[name] = path
-            masks[name] = root / "gtFine" / part / city / f"{name}_gtFine_labelTrainIds.png"
+            city = path.parent.relative_to(root / "leftImg8bit")
+            masks[name] = root / "gtFine" / city / f"{name}_gtFine_labelTrainIds.png"
     label_ids = None
     if not any(path.exists() for path in masks.values()):
         masks = {name: path.with_name(path.name.replace("TrainIds", "Ids"))
@@ -238,68 +305,114 @@ def open_custom(root):
     photographs = next((root / folder for folder in ("JPEGImages", "images")
                         if (root / folder).is_dir()), None)
     if photographs is None:
-        raise InputError(f"--data-root {root}: neither JPEGImages/ nor images/ in it; give the "
-                         f"folder that holds one of them")
-    masks = next(filter(None, (stems(root / folder) for folder in (
-        "SegmentationClassIds", "SegmentationClass", "SegmentationClassPNG", "masks"))), {})
-    if (root / "labelmap.txt").exists() and not (root / "SegmentationClassIds").is_dir():
-        raise InputError(f"{root / 'labelmap.txt'}: masks in colour, as CVAT exports them; first "
-                         f"python prepare.py --dataset custom --data-root {root} --convert")
-    names_file = root / "class_names.txt"
-    try:
-        classes = names_file.read_text("utf-8-sig").rstrip().split("\n") if names_file.exists() else []
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(unreadable(names_file, error)) from None
-    classes = [name.strip() for name in classes]
-    if not any(classes):
-        raise InputError(f"{names_file}: missing or empty; write one class name a line, in the "
-                         f"order of the ids in the masks")
-    if not all(classes) or not 2 <= len(classes) <= IGNORE:
-        raise InputError(f"{names_file}: {len(classes)} lines; from 2 to {IGNORE} are needed, none of "
-                         f"them empty: a line's number is its class id")
+        others = short_list(f"{path.name}/" for path in sorted(root.iterdir()) if path.is_dir())
+        raise InputError(f"--data-root {root}: neither JPEGImages/ nor images/ in it"
+                         + (f", but {others}; rename the folder of the photographs images/, and that "
+                            f"of the masks masks/" if others else
+                            "; put the photographs into images/, and the masks into masks/"))
+    for mask_folder in (root / folder for folder in MASK_FOLDERS):
+        masks = stems(mask_folder)
+        if masks:
+            break
+    label_map = root / "labelmap.txt"
+    if label_map.exists() and not (root / "SegmentationClassIds").is_dir():
+        raise InputError(f"{label_map}: says that the masks are told by colour (if they hold class ids, "
+                         f"remove it); make class ids of them: "
+                         f"{command('prepare.py', 'custom', root, '--convert')}")
+    classes = read_class_names(root / "class_names.txt")
     images = stems(photographs, IMAGE_SUFFIXES)
-    lists, note = root / "ImageSets" / "Segmentation", None
-    train = sorted(read_list(lists / "train.txt") if (lists / "train.txt").exists() else images)
-    if (lists / "val.txt").exists():
-        val = read_list(lists / "val.txt")
+    lists = {path.name.lower(): path for path in sorted((root / "ImageSets/Segmentation").glob("*"))}
+    train_list, val_list = lists.get("train.txt"), lists.get("val.txt") or lists.get("validation.txt")
+    train, notes = sorted(read_list(train_list) if train_list else images), []
+    held_out = [name for name, path in images.items() if name in masks and name in train
+                and {"val", "valid", "validation"} & {*path.relative_to(photographs).parts[:-1]}]
+    if val_list:
+        val = read_list(val_list)
+    elif held_out:
+        val = held_out
+        notes.append(f"{photographs}: the {len(val)} labelled images of its subfolder "
+                     f"{images[val[0]].parent.name}/ are kept for validation")
     else:
         with_mask = [name for name in train if name in masks]
         drawn = np.random.default_rng(0).permutation(len(with_mask))[:-(-len(with_mask) // 10)]
         val = sorted(with_mask[i] for i in drawn)
-        note = (f"no {lists / 'val.txt'}: {len(val)} of the {len(with_mask)} labelled images, drawn "
-                f"with a fixed seed, are kept for validation")
-    if note or not (lists / "train.txt").exists():
+        notes.append(f"no {root / 'ImageSets/Segmentation/val.txt'}: {len(val)} of the {len(with_mask)} "
+                     f"labelled images, drawn with a fixed seed, are kept for validation")
+    if not val_list or not train_list:
         train = sorted({*train} - {*val})
     return SegmentationData(classes, voc_palette(len(classes)), images, masks, train, val,
-                            [name for name in train if name in masks], note=note)
+                            [name for name in train if name in masks], notes=notes,
+                            folders=(photographs, mask_folder))
+
+
+def read_class_names(path):
+    """The names in class_names.txt, whose line number, from 0, is the class id."""
+    names = read_lines(path) if path.exists() else []
+    while names and not names[-1]:
+        names.pop()
+    numbers = [re.match(r"(\d+)(?:\W|$)", name) for name in names]
+    if not names:
+        others = [other for other in ("classes.txt", "labels.txt") if (path.parent / other).exists()]
+        text = ("missing or empty; write one class name a line, in the order of the ids in the masks"
+                + (f" (or rename {others[0]}, if it is that)" if others else ""))
+    elif "__ignore__" in names:
+        text = "__ignore__ is 255 in the masks, and no class; remove its line"
+    elif not all(names) or not 2 <= len(names) <= IGNORE:
+        text = (f"{len(names)} lines; from 2 to {IGNORE} are needed, one class name a line, none of them "
+                f"empty: a line's number, from 0, is its class id")
+    elif len({*names}) < len(names):
+        text = f"{max(names, key=names.count)} stands there twice; give each class a name of its own"
+    elif all(numbers) and [int(number[1]) for number in numbers] != [*range(len(names))]:
+        text = (f"its names are numbered from {numbers[0][1]} on, but a line's number, from 0, is its "
+                f"class id; write a line for each id in the masks, from 0, without numbers")
+    else:
+        return names
+    raise InputError(f"{path}: {text}")
+
+
+def read_lines(path):
+    with reading(path):
+        text = path.read_text("utf-8-sig")
+        if "\0" in text:  # UTF-16 without its mark
+            raise UnicodeError
+        return [line.strip() for line in text.splitlines()]
 
 
 def stems(folder, suffixes=(".png",)):
-    """stem -> file, of the files in a folder with one of the suffixes, sorted; {} without folder."""
+    """stem -> file, of the files in a folder with one of the suffixes, sorted; {} without folder.
+
+    A folder that has none itself is read with its subfolders, but for test/. Stems are in Unicode's
+    form NFC, whatever the file system or a list uses.
+    """
+    def wanted(path):
+        parts = path.relative_to(folder).parts
+        return (path.suffix.lower() in suffixes and "test" not in parts[:-1]
+                and not any(part.startswith(".") for part in parts))
+
     found = {}
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if path.suffix.lower() in suffixes and not path.name.startswith("."):
-            if path.stem in found:
-                raise InputError(f"{path} and {found[path.stem].name}: two files for one id; "
-                                 f"remove or rename one")
-            found[path.stem] = path
+    paths = folder.is_dir() and (list(filter(wanted, folder.iterdir()))
+                                 or list(filter(wanted, folder.rglob("*")))) or []
+    for path in sorted(paths):
+        stem = unicodedata.normalize("NFC", path.stem)
+        if "\n" in stem or re.search("[\ud800-\udfff]", stem):  # bytes that are no UTF-8
+            raise InputError(f"{folder}: holds a file with a strange name, {ascii(path.name)}; rename it")
+        if stem in found:
+            raise InputError(f"{path} and {found[stem]}: two files for one id; rename one, remove it, or, "
+                             f"if it is a mask, move it away from the photographs")
+        found[stem] = path
     return found
 
 
 def read_list(path):
     """The ids in a list, one a line, in any form in use: bare ids, JPEGImages/ID.jpg with or without
-    its mask behind it, or leftImg8bit/train/CITY/ID_leftImg8bit.png. # opens a comment line."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(unreadable(path, error)) from None
+    its mask behind it, or leftImg8bit/train/CITY/ID_leftImg8bit.png. "# " opens a comment line."""
     ids = []
-    for line in filter(None, map(str.strip, lines)):
-        if line.startswith("#"):
+    for line in filter(None, read_lines(path)):
+        if line.startswith("# "):
             continue
-        file = re.match(r"(.+?)\.(?:jpe?g|png|bmp|webp|tiff?)(?:\s|$)", line, re.IGNORECASE)
+        file = re.match(r"(.+?)\.(?:jpe?g|jfif|png|bmp|webp|tiff?)(?:\s|$)", line, re.IGNORECASE)
         name = re.split(r"[/\\]", file[1] if file else line)[-1]
-        ids.append(name.removesuffix("_leftImg8bit"))
+        ids.append(unicodedata.normalize("NFC", name.removesuffix("_leftImg8bit")))
     twice = sorted(name for name in set(ids) if ids.count(name) > 1) if len(set(ids)) < len(ids) else []
     if twice:
         raise InputError(f"{path}: ids listed twice: {short_list(twice)}; keep one line of each")
@@ -371,8 +484,8 @@ class Shapes(SegmentationData):
     def image(self, name):
         return draw_shapes(name)[0]
 
-    def mask(self, name):
-        return draw_shapes(name)[1]
+    def labels(self, name):
+        return np.array(draw_shapes(name)[1]), None
 
 
 # The streams of draws: (seed, stream, iteration, slot) is the whole state of a generator.
@@ -443,10 +556,8 @@ class TrainingDraws(torch.utils.data.Dataset):
         image = self.data.image(name)
         if mask is not None and mask.size != image.size:
             raise InputError(f"{self.data.masks[name]}: not of the size of its image; export it again")
-        try:
+        with reading(self.data.images[name]):  # a photograph is decoded here, and may be truncated
             return augment.weak_augment(image, mask, self.crop_size, rng, self.scale, self.max_side)
-        except (OSError, SyntaxError) as error:  # a photograph is decoded here, and may be truncated
-            raise InputError(unreadable(self.data.images[name], error)) from None
 
     def to_tensor(self, picture, fill):
         return picture_to_tensor(augment.pad(picture, self.crop_size, fill))

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from data import IMAGE_SUFFIXES, InputError, open_photograph, picture_to_tensor, unreadable
+from data import IMAGE_SUFFIXES, InputError, open_photograph, picture_to_tensor, reading
 from evaluate import colourize, load_model, predict
 
 
@@ -50,14 +50,14 @@ def predict_files(model, state, paths, folder, device):
         try:
             if not taken.isdisjoint(target.resolve() for target in targets):
                 raise InputError(f"{file}: its result would overwrite {targets[0]}; give another --out")
-            image = picture_to_tensor(open_photograph(file).convert("RGB"))
+            with reading(file):
+                image = picture_to_tensor(open_photograph(file).convert("RGB"))
             labels = predict(model, image.to(device), settings["window"], settings["image_size"]).cpu()
             colourize(labels, state["palette"]).save(targets[0])
             overlay(image, labels, state["classes"], state["palette"]).save(targets[1])
             taken.update(target.resolve() for target in targets)
-        except (InputError, OSError, SyntaxError) as error:
-            text = str(error) if isinstance(error, InputError) else unreadable(file, error)
-            print(f"predict.py: {text}", file=sys.stderr)
+        except (InputError, OSError) as error:
+            print(f"predict.py: {error}", file=sys.stderr)
             skipped += 1
         if done % 20 == 0 or done == len(photographs):
             print(f"{done}/{len(photographs)} photographs, {skipped} skipped", flush=True)

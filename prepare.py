@@ -1,8 +1,8 @@
 """Is the data fit to train on? Checks it, downloads it, converts it.
 
-    python prepare.py --dataset NAME --data-root DIR       says what is there, and what is wrong with it
+    python prepare.py --dataset NAME --data-root DIR       says what is there, wrong with it, and unused
     python prepare.py --dataset voc --download             downloads and prepares PASCAL VOC 2012 and SBD
-    python prepare.py --dataset custom --data-root DIR --convert   colour masks (CVAT) -> index masks
+    python prepare.py --dataset custom --data-root DIR --convert   masks told by colour -> index masks
 
 Stopped anywhere, the same command resumes: what is unfinished is called .part, and takes its own
 name only when it is complete. What the user has is read, never changed.
@@ -12,14 +12,18 @@ import argparse
 import filecmp
 import os
 import re
+import shlex
 import shutil
 import socket
 import sys
 import tarfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
+from statistics import median
+from unicodedata import normalize
 
 import numpy as np
 from PIL import Image
@@ -27,99 +31,235 @@ from torchvision.datasets import SBDataset
 from torchvision.datasets.utils import check_integrity, download_url
 from torchvision.datasets.voc import DATASET_YEAR_DICT
 
-from data import (
-    IGNORE,
-    PROTOCOLS,
-    SPLITS,
-    InputError,
-    Shapes,
-    open_data,
-    read_list,
-    short_list,
-    split_ids,
-    stems,
-    unreadable,
-    voc_palette,
-)
+from data import (IGNORE, IMAGE_SUFFIXES, MASK_FOLDERS, PROTOCOLS, SPLITS, InputError, open_data,
+                  read_class_names, read_lines, read_list, reading, short_list, split_ids, stems,
+                  unreadable, voc_palette)
 
 TRAINING_IDS = 10582  # VOC train and all of SBD, without VOC val
 TIMEOUT = 60  # seconds for which a server may say nothing
 AGAIN = "run the same command again"
+CODE = np.array([1 << 16, 1 << 8, 1])  # of a colour
+LOSSLESS = (".tif", ".tiff", ".bmp", ".gif", ".npy")  # masks that --convert reads beside PNGs
+MASK_WORDS = re.compile(r"(?:[-_. ]*(?:masks?|labels?\w*|gt\w*|seg\w*|annot\w*|png|jpe?g))+$", re.I)
+IMAGE_WORDS = re.compile(r"(?:[-_. ]*(?:img|images?|photo|rgb|sat))+$", re.I)
 
 
-def check_data(data, labelled, unlabelled, supervised=False, contents=500):
-    """Everything that would spoil a run on these ids, a line each; [] if all is well."""
-    found = problems(data, labelled, [] if supervised else unlabelled, contents)
-    if not unlabelled and not supervised:
-        found.append("no unlabelled image is left; give a smaller --split (1_8 labels every eighth), "
-                     "add images without masks, or train with --supervised")
+@dataclass
+class Findings:
+    """What check_data found.
+
+    problems:  lines that refuse a run; the most telling one comes first.
+    notes:     lines that are only said.
+    pixels:    id -> how many pixels of its mask hold each id, (256 or more,).
+    sides:     the longer side of each image.
+    """
+    problems: list = field(default_factory=list)
+    notes: list = field(default_factory=list)
+    pixels: dict = field(default_factory=dict)
+    sides: list = field(default_factory=list)
+
+
+def check_data(data, labelled, unlabelled, supervised=False):
+    """Whether a run on these ids can go well, as prepare.py and train.py both ask. Returns Findings."""
+    found = check_files(data, sorted({*labelled, *data.val}), [] if supervised else unlabelled)
+    both = sorted({*data.train} & {*data.val})
+    if both:
+        found.problems.append(f"{len(both)} validation images are among the training ones: "
+                              f"{short_list(both)}; keep each in one list")
+    if not found.problems:
+        check_classes(data, labelled, "labelled", found)
+        check_classes(data, data.val, "validation", found)
+    of_masks, of_photographs = unused(data)
+    lacks, lines = None, of_photographs + of_masks
+    if not data.images:
+        lacks = "no photographs; put them into images/"
+    elif not labelled:
+        lacks, lines = "no labelled image is left to train on; add masks", of_masks + of_photographs
+        if len(data.val) == 1:
+            lacks = (f"no labelled image: {data.val[0]} alone has a mask, and is kept for validation; add "
+                     f"the mask of another")
+    elif not data.val:
+        lacks = "no validation image; list some, with masks, in ImageSets/Segmentation/val.txt"
+    elif not unlabelled and not supervised:
+        lacks = (f"no unlabelled image is left; add images without masks, train with --supervised, or try "
+                 f"it with half of the masks: {data.command('train.py', '--split', '1_2')}")
+    if lacks:
+        found.problems += [*lines, lacks]
+    found.notes = data.notes + found.notes + (lines if not lacks else [])
     return found
 
 
-def problems(data, labelled, unlabelled, contents=500):
-    """Everything that would spoil a run, a line each; [] if all is well.
-
-    Files and sizes are read from the headers of all images and masks; the contents of the masks,
-    from at most `contents` of them, evenly spread (the others are checked whenever they are read).
-    """
-    if isinstance(data, Shapes):
-        return []  # drawn, not read
-    found = []
-    if not labelled:
-        found.append("no labelled image: no mask belongs to a training image; give masks, or another "
-                     "--split")
-    both = sorted(set(data.train) & set(data.val))
-    if both:
-        found.append(f"{len(both)} validation images are among the training ones: "
-                     f"{short_list(both)}; keep each in one list")
-    if not data.val:
-        found.append("no validation image: list some, with masks, in ImageSets/Segmentation/val.txt")
-    with_masks = sorted({*labelled, *data.val})
-    everything = sorted({*with_masks, *unlabelled})
-    absent = [n for n in everything if n not in data.images or not data.images[n].is_file()]
+def check_files(data, masked, unmasked=()):
+    """Reads the headers and ends of images, and the masks of those in `masked`. Returns Findings."""
+    found, lines, palettes, with_mask = Findings(), [], {}, {*masked}
+    everything = sorted({*masked, *unmasked})
+    absent = [name for name in everything if name not in data.images]
     if absent:
-        found.append(f"{len(absent)} listed images are missing: {short_list(absent)}; complete the "
-                     f"data set or fix the list")
-    unmasked = [n for n in with_masks if n not in data.masks or not data.masks[n].is_file()]
-    if unmasked:
-        found.append(f"{len(unmasked)} images of the labelled or validation list have no mask: "
-                     f"{short_list(unmasked)}; add their masks or take them off the list")
-    skip = {*absent, *unmasked}
+        found.problems.append(f"{len(absent)} listed images are missing: {short_list(absent)}; complete "
+                              f"the data set or fix the list")
+    bare = [name for name in masked if name not in data.masks]
+    if bare:
+        found.problems.append(f"{len(bare)} images of the labelled or validation list have no mask: "
+                              f"{short_list(bare)}; add their masks or take them off the list")
 
-    def header(name):
+    def look(name):
+        said, side, pixels, palette = [], 0, None, None
         try:
-            size = data.image(name).size
-            if name in with_masks_set and name not in skip:
-                with Image.open(data.masks[name]) as mask:
-                    if mask.size != size:
-                        return (f"{data.masks[name]}: {mask.width} x {mask.height} pixels, but its "
-                                f"image (upright, as its EXIF says) has {size[0]} x {size[1]}; "
-                                f"export the mask again")
+            image = data.image(name)
+            side = max(image.size)
+            demand_whole(image, data.images[name])
+            if name in with_mask and name in data.masks:
+                labels, palette = data.labels(name)
+                pixels = np.bincount(labels.ravel(), minlength=256)
+                if labels.shape[::-1] != image.size:
+                    said = [f"{data.masks[name]}: {labels.shape[1]} x {labels.shape[0]} pixels, but its "
+                            f"image (upright, as its EXIF says) has {image.width} x {image.height}; "
+                            f"export the mask again"]
         except InputError as error:
-            return str(error)
-        except (OSError, SyntaxError) as error:
-            return unreadable(data.masks[name], error)
+            said = [str(error)]
+        return name, said, side, pixels, palette
 
-    def content(name):
-        try:
-            seen[np.unique(data.mask(name))] = True
-        except InputError as error:
-            return str(error)
-
-    seen = np.zeros(256, bool)
-    with_masks_set = set(with_masks)
-    readable = [n for n in with_masks if n not in skip]
     with ThreadPoolExecutor() as pool:
-        found += filter(None, pool.map(header, (n for n in everything if n not in absent)))
-        found += filter(None, pool.map(content, readable[::-(-len(readable) // contents) or 1]))
-    strays = sorted(data.masks.keys() - data.images.keys())
+        for name, said, side, pixels, palette in pool.map(look, (n for n in everything if n in data.images)):
+            lines += said
+            found.sides.append(side)
+            if pixels is not None:
+                found.pixels[name], palettes[name] = pixels, palette or ()
+    groups = {}  # one line for all files that have the same remedy
+    for line in lines:
+        groups.setdefault(line.rpartition("; ")[2], []).append(line)
+    found.problems += [line if not more else f"{line.removesuffix('; ' + remedy)} (and {len(more)} more); "
+                                             f"{remedy}" for remedy, (line, *more) in groups.items()]
+    found.problems += strange_ids(data, found.pixels) + clashing_palettes(data, found.pixels, palettes)
+    return found
+
+
+def demand_whole(image, path):
+    """Raise InputError for a JPEG or PNG that breaks off, as its end tells."""
+    mark = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}.get(image.format)
+    for length in (16, 1 << 16) if mark else ():  # cameras append things of their own
+        with reading(path), open(path, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - length))
+            end = file.read()
+        if end.rfind(mark) > end.rfind(b"\xff\xda"):  # the mark of a thumbnail is before the scan
+            return
+    if mark:
+        with reading(path):
+            image.draft(None, (1, 1))
+            image.load()
+
+
+def check_classes(data, names, part, found):
+    """Add to `found` what the masks of a part of the data lack."""
+    pixels = sum((found.pixels[name] for name in names), np.zeros(256, int))
+    held = [label for label, count in zip(data.classes, pixels) if count]
+    absent = [label for label in data.classes if label not in held]
+    if names and (not held or (len(held) == 1 and part == "labelled")):
+        found.problems.append(
+            f"the {part} masks, {data.masks[names[0]]} for one, hold {held[0] if held else 'nothing'} alone"
+            + (f", beside {IGNORE}, which is ignored" if pixels[IGNORE] else "") + "; "
+            + ("add masks of other classes" if not held or not pixels[IGNORE] else
+               data.conversion("add masks of other classes")))
+    elif names and absent:
+        found.notes.append(f"no {part} mask holds {short_list(absent)}: " + (
+            "it will not be learnt" if part == "labelled" else "it is not in the mean IoU"))
+
+
+def strange_ids(data, pixels):
+    """[a line], if masks hold ids that no class has."""
+    C, held = len(data.classes), {name: np.flatnonzero(counts) for name, counts in pixels.items()}
+    strange = {name: ids[(ids >= C) & (ids != IGNORE)] for name, ids in held.items()}
+    files = [data.masks[name] for name, ids in strange.items() if len(ids)]
+    if not files:
+        return []
+    ids = np.unique(np.concatenate([*strange.values()]))
+    more = f" (and {len(files) - 1} more)" if len(files) > 1 else ""
+    text = f"{files[0]}{more}: holds the ids {short_list(ids)}, but there are {C} classes"
+    names_file = data.root / "class_names.txt"
+    if data.dataset != "custom":
+        return [f"{text}; replace the mask"]
+    if [*ids] == [C]:
+        none = "" if any(counts[0] for counts in pixels.values()) else "no mask holds 0, and "
+        return [f"{text}: {none}ids count from 0. If 0 is a class too, write its name as the first line of "
+                f"{names_file}; if it is what nobody annotated, {data.conversion()}"]
+    return [f"{text} (0 to {C - 1}; {IGNORE} is ignored). If these are class ids, write a name for each id "
+            f"from 0 into {names_file}, a line each; if they are grey levels or colours, {data.conversion()}"]
+
+
+def clashing_palettes(data, pixels, palettes):
+    """[a line], if two index PNGs give an id that both hold different colours."""
+    shades = {}  # id -> its colour, and the first mask that says so
+    for name, palette in palettes.items():
+        for i in np.flatnonzero(pixels[name][:IGNORE]) if palette else ():
+            colour = tuple(palette[3 * i:3 * i + 3])
+            before, path = shades.setdefault(i, (colour, data.masks[name]))
+            if before != colour:
+                return [f"{path} and {data.masks[name]}: the id {i} is {before} in the one and {colour} in "
+                        f"the other; {data.conversion('replace one')}"]
+    return []
+
+
+def unused(data):
+    """What lies in an own folder and is not used: lines about masks, and lines about photographs."""
+    if not data.folders:
+        return [], []
+    photographs, mask_folder = data.folders
+    owners = {IMAGE_WORDS.sub("", name).lower(): name for name in sorted(data.images, key=len, reverse=True)}
+    owner = lambda stem: owners.get(MASK_WORDS.sub("", stem).lower())  # the image that its mask seems to be of
+    groups, used = {}, {*data.images.values(), *data.masks.values()}
+    for path in sorted(data.root.rglob("*")):
+        if (path not in used and path.is_file() and path.name not in ("Thumbs.db", "desktop.ini")
+                and not any(part.startswith(".") for part in path.relative_to(data.root).parts)):
+            groups.setdefault((path.parent, path.suffix.lower()), []).append(path)
+    of_masks, of_photographs = [], []
+    for (folder, suffix), paths in groups.items():
+        among_images = photographs in (folder, *folder.parents)
+        among_masks = any(data.root / name in (folder, *folder.parents) for name in MASK_FOLDERS)
+        if not among_images:
+            paths = [path for path in paths if normalize("NFC", path.stem) not in data.masks]
+        like_masks = suffix == ".png" and not among_images and any(owner(path.stem) for path in paths)
+        if among_masks or like_masks:
+            lines, remedy = of_masks, (
+                f"if they are masks, move them into {mask_folder}/" if suffix == ".png" else
+                data.conversion() if suffix in LOSSLESS else
+                "export the masks again, as PNGs" + ": JPEG changes ids" * (suffix in IMAGE_SUFFIXES))
+        else:
+            lines, remedy = of_photographs, (
+                f"to train on them, move them into {photographs}/" if suffix in IMAGE_SUFFIXES else
+                "if they are photographs, convert them to JPEG" if suffix else
+                "if they are photographs, give them a suffix such as .jpg")
+        if paths and (among_images or among_masks or suffix in {*IMAGE_SUFFIXES, ".heic", ".heif"}):
+            lines.append(f"{folder}: {len(paths)} files {suffix or 'without suffix'} ({paths[0].name} for "
+                         f"one) are not read; {remedy}")
+    strays = sorted(data.masks.keys() - data.images.keys(), key=lambda name: (not owner(name), name))
     if strays:
-        found.append(f"{len(strays)} masks have no image of their name: {short_list(strays)}; a mask "
-                     f"needs the stem of its image")
-    if readable and not found and not seen[:IGNORE].any():
-        found.append(f"the masks, {data.masks[readable[0]].name} for one, hold nothing but {IGNORE}, "
-                     f"which is ignored; export them as class ids")
-    return list(dict.fromkeys(found))
+        call = f": call it {owner(strays[0])}.png, and the others likewise" if owner(strays[0]) else ""
+        of_masks.insert(0, f"{data.masks[strays[0]]}: {len(strays)} masks like this one have no image of "
+                           f"their name; a mask needs the stem of its image{call}")
+    copies = [name for name, path in data.images.items()
+              if path.suffix.lower() == ".png" and owner(name) not in (None, name)]
+    if copies:
+        of_masks.insert(0, f"{data.images[copies[0]]}: {len(copies)} files like this one look like masks, and "
+                           f"are read as photographs; if they are masks, move them into {mask_folder}/, this "
+                           f"one as {owner(copies[0])}.png, and the others likewise")
+    left_out = sorted(data.images.keys() - {*data.train, *data.val})
+    if left_out:
+        of_photographs.insert(0, f"{data.root / 'ImageSets/Segmentation'}: its lists leave out "
+                                 f"{len(left_out)} photographs ({left_out[0]} for one); to train on them, add "
+                                 f"them to its train.txt")
+    return of_masks[:3] + outdated(data), of_photographs[:3]
+
+
+def outdated(data):
+    """[a line], if a mask is newer than what --convert made of it."""
+    final = data.folders[1]
+    for name, path in originals(data.root)[1].items() if final.name == MASK_FOLDERS[0] else ():
+        made = final / f"{name}.png"
+        if path.stat().st_mtime > (made if made.exists() else final).stat().st_mtime:
+            return [f"{path}: newer than {final}; if it has changed, convert the masks anew: "
+                    f"{shlex.join(['mv', str(final), f'{final}.old'])} && "
+                    f"{data.command('prepare.py', '--convert')}"]
+    return []
 
 
 def download_voc(root):
@@ -240,73 +380,138 @@ def fetch(url, archive, md5):
         socket.setdefaulttimeout(None)
 
 
-def convert_colour_masks(root):
-    """CVAT's "Segmentation mask 1.1": SegmentationClass/ in colour -> SegmentationClassIds/ in ids.
+def originals(root):
+    """(folder, stem -> file): the masks that --convert starts from; (None, {}) if there are none."""
+    for folder in (root / name for name in MASK_FOLDERS[1:]):
+        masks = stems(folder, LOSSLESS) | stems(folder)
+        if masks:
+            return folder, masks
+    return None, {}
 
-    Ids count the lines of labelmap.txt from 0, and class_names.txt names them in that order. Black
-    is ignored (255) where the label map has neither "background" nor a black label. Run again, it
-    adds the masks that are new; what it would have to overwrite is an InputError.
+
+def convert_masks(root):
+    """Masks that are told by colour -> SegmentationClassIds/, index PNGs of class ids.
+
+    labelmap.txt says which colour is which class; the ids are those of class_names.txt, or if it is not
+    there yet, of the label map's own order. Black is ignored (255) where the label map has neither
+    "background" nor a black label. Without a label map, black and white beside two class names and grey
+    values that are ids already are taken as such; for other colours it is written, and asks for names.
+    Run again, it adds the masks that are new; what it would have to overwrite is an InputError.
     """
     root = Path(root)
-    names, colours = read_label_map(root / "labelmap.txt")
-    masks, names_file = stems(root / "SegmentationClass"), root / "class_names.txt"
+    names_file, label_map, final = (root / name for name in (
+        "class_names.txt", "labelmap.txt", "SegmentationClassIds"))
+    folder, masks = originals(root)
     if not masks:
-        raise InputError(f"{root}: no masks in SegmentationClass/*.png to convert; give the folder "
-                         f"of the export as --data-root")
-    if names_file.exists() and names_file.read_text("utf-8-sig", "replace").splitlines() != names:
-        raise InputError(f"{names_file}: there already, and not the names of labelmap.txt; move it "
-                         f"away, and {AGAIN}")
-    ids = np.full(1 << 24, -1, np.int16)  # one for every colour there is
-    if "background" not in names:
-        ids[0] = IGNORE
-    ids[colours @ [1 << 16, 1 << 8, 1]] = range(len(names))
+        raise InputError(f"{root}: no masks in {', '.join(f'{name}/' for name in MASK_FOLDERS[1:])} to "
+                         f"convert; give the folder that holds one of them as --data-root")
+    found = {}  # (r, g, b) -> [its pixels, a mask that holds it]
+    for path in masks.values():
+        for count, colour in coloured(path).getcolors(1 << 24):
+            found.setdefault(colour, [0, path])[0] += count
+    names = read_class_names(names_file) if names_file.exists() else []
+    if label_map.exists():
+        labels = read_label_map(label_map)
+    else:
+        labels = plain_labels(found, names) or ask_for_names(label_map, folder, found, names)
+    known = list(dict.fromkeys(label for label in labels.values() if label != "ignore"))
+    if "background" not in known:
+        labels.setdefault((0, 0, 0), "ignore")
+    strange = [colour for colour in found if colour not in labels]
+    if strange:
+        raise InputError(f"{found[strange[0]][1]}: holds colours that labelmap.txt has not: "
+                         f"{short_list(strange)}; add them there, or fix the mask")
+    if names and not {*known} <= {*names}:
+        raise InputError(f"{names_file}: has not {short_list(sorted({*known} - {*names}))}, which {label_map} "
+                         f"has; make them agree, or remove {names_file}, and {AGAIN}")
+    names = names or known
+    if len(names) < 2:
+        raise InputError(f"{label_map}: one class alone; add a line for the rest, such as "
+                         f"background:0,0,0, and {AGAIN}")
+    ids, colours = np.full(1 << 24, IGNORE, np.uint8), voc_palette(len(names))
+    for colour, label in reversed(labels.items()):
+        if label != "ignore":
+            ids[colour @ CODE], colours[names.index(label)] = names.index(label), colour
+    pixels = sum(count for count, _ in found.values())
+    for colour, (count, path) in sorted(found.items(), key=lambda item: -item[1][0]):
+        print(f"{str(colour):15} -> {ids[colour @ CODE]:3} {labels[colour]:20} {count / pixels:7.2%} of the "
+              f"pixels, {path.name} for one")
 
-    final = root / "SegmentationClassIds"
     part, old = final.with_suffix(".part"), final.with_suffix(".old")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     for name, path in masks.items():
-        try:
-            pixels = np.array(Image.open(path).convert("RGB")).astype(np.int32)
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise InputError(unreadable(path, error)) from None
-        codes = pixels @ [1 << 16, 1 << 8, 1]
-        labels = ids[codes]
-        if (labels < 0).any():
-            strange = (f"({c >> 16},{c >> 8 & 255},{c & 255})"
-                       for c in np.unique(codes[labels < 0]))
-            raise InputError(f"{path}: holds colours that labelmap.txt has not: "
-                             f"{short_list(strange)}; add them there, or fix the mask")
-        write_png(labels, colours, part / f"{name}.png")
+        write_png(ids[np.asarray(coloured(path)) @ CODE], colours, part / f"{name}.png")
     for path in stems(final).values():
         new = part / path.name
         if not new.exists() or not filecmp.cmp(path, new, shallow=False):
-            raise InputError(f"{path}: not what SegmentationClass/ now gives; move {final} away, "
-                             f"and {AGAIN}")
+            raise InputError(f"{path}: not what {folder} now gives; move {final} away, and {AGAIN}")
     names_file.with_suffix(".part").write_text("".join(f"{name}\n" for name in names), "utf-8")
     os.replace(names_file.with_suffix(".part"), names_file)
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        os.replace(final, old)
+    shutil.rmtree(final, ignore_errors=True)  # all of it is in `part` too
     os.replace(part, final)
-    shutil.rmtree(old, ignore_errors=True)
     print(f"{final}: {len(masks)} masks, of the {len(names)} classes in {names_file}")
 
 
+def coloured(path):
+    """A mask as a Pillow RGB image, whatever holds its colours; ids of 16 bits become grey values."""
+    with reading(path):
+        if path.suffix.lower() == ".npy":
+            grey = np.load(path)
+        else:
+            with Image.open(path) as picture:
+                if picture.mode[0] not in "IF":
+                    return picture.convert("RGB")
+                grey = np.array(picture)
+        grey = np.where(grey == -1, IGNORE, grey)  # labelme's
+        grey = np.where((grey > IGNORE) & (grey % 257 == 0), grey // 257, grey)  # 0 to 65535
+        if grey.ndim != 2 or not np.isin(grey, range(256)).all():
+            raise InputError(f"{path}: no map of class ids from 0 to 255; export it again")
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+
+
+def plain_labels(colours, names):
+    """colour -> label, where grey values say it by themselves; else None."""
+    greys = {colour[0] for colour in colours}
+    if any(len({*colour}) > 1 for colour in colours):
+        return None
+    if greys == {0, IGNORE} and len(names) == 2:
+        return {(0, 0, 0): names[0], (IGNORE,) * 3: names[1]}
+    ids = {grey for grey in greys if grey < len(names)}
+    if len(ids) > 1 and greys <= ids | {IGNORE}:
+        return {(grey,) * 3: "ignore" if grey == IGNORE else names[grey] for grey in greys}
+    return None
+
+
+def ask_for_names(path, folder, colours, names):
+    """Write a label map of the colours found, in which the user is to put the names right."""
+    if len(colours) > IGNORE:
+        raise InputError(f"{folder}: {len(colours)} colours in the masks, so edges are smoothed, or a JPEG was "
+                         f"among the steps; export the masks again without that")
+    background = any("background" in name.lower() for name in names)
+    largest = sorted(colours, key=lambda colour: (not any(colour) and not background, -colours[colour][0]))
+    chosen = sorted(colours) if len(colours) <= len(names) else sorted(largest[:len(names)])
+    proposed = dict(zip(chosen, names))
+    pixels = sum(count for count, _ in colours.values())
+    lines = [f"# {colours[c][0] / pixels:.2%} of the pixels, {colours[c][1].name} for one\n"
+             f"{proposed.get(c, 'ignore' if names else '?')}:{c[0]},{c[1]},{c[2]}::\n" for c in sorted(colours)]
+    path.write_text("".join(["# label:color_rgb:parts:actions\n", *lines]), "utf-8")
+    raise InputError(f"{path}: written, with the {len(colours)} colours of {folder}; put the right name before "
+                     f"each (ignore, if it is no class), and {AGAIN}")
+
+
 def read_label_map(path):
-    """Lines of label:r,g,b:parts:actions, and # comments -> the labels and their (C, 3) colours."""
-    try:
-        lines = [line for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{unreadable(path, error)}; --convert is for CVAT's export named "
-                         f"Segmentation mask 1.1, which has one") from None
-    entries = [re.match(r"(.+?):(\d+),(\d+),(\d+)(:|\s*$)", line)
-               for line in lines if not line.startswith("#")]
-    colours = [tuple(map(int, entry.groups()[1:4])) for entry in entries if entry]
-    if not 0 < len(set(colours)) == len(entries) <= IGNORE or max(map(max, colours)) > 255:
-        raise InputError(f"{path}: not 1 to 255 lines of label:r,g,b:parts:actions, each of its "
-                         f"own colour; fix it, and {AGAIN}")
-    return [entry[1].strip() for entry in entries], np.array(colours)
+    """Lines of label:r,g,b:parts:actions, and # comments -> {(r, g, b): label}."""
+    lines = [line for line in read_lines(path) if line and not line.startswith("#")]
+    entries = [re.match(r"(.+?):(\d+),(\d+),(\d+)(:|\s*$)", line) for line in lines]
+    labels = {tuple(map(int, entry.groups()[1:4])): entry[1].strip() for entry in entries if entry}
+    if not 0 < len(labels) == len(entries) or len({*labels.values()}) > IGNORE or max(map(max, labels)) > 255:
+        raise InputError(f"{path}: not 1 to 255 lines of label:r,g,b:parts:actions, each of its own colour; "
+                         f"fix it, and {AGAIN}")
+    if "?" in labels.values():
+        raise InputError(f"{path}: still has ? for a name; put the name of the colour's class there (ignore, "
+                         f"if it is none), and {AGAIN}")
+    return labels
 
 
 def write_png(labels, colours, path):
@@ -323,28 +528,28 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Check a data set, and say what is wrong with it.")
     parser.add_argument("--dataset", choices=PROTOCOLS, default="shapes")
     parser.add_argument("--data-root", help="folder of the data set (default: data/NAME)")
-    parser.add_argument("--split", help="report on this split too: a name, or a file of ids")
+    parser.add_argument("--split", help="check this split: a name, or a file of ids (default: as train.py's)")
     task = parser.add_mutually_exclusive_group()
     task.add_argument("--download", action="store_true",
                       help="voc: first download VOC 2012 and SBD, and make SegmentationClassAug/")
     task.add_argument("--convert", action="store_true",
-                      help="custom: first turn CVAT's colour masks into SegmentationClassIds/")
+                      help="custom: first turn masks told by colour into SegmentationClassIds/")
     args = parser.parse_args(argv)
+    protocol = PROTOCOLS[args.dataset]
     try:
-        root = Path(args.data_root or PROTOCOLS[args.dataset].data_root)
-        if args.download or args.convert:
-            if args.download and args.dataset.startswith("voc"):
-                download_voc(root)
-            elif args.convert and args.dataset == "custom":
-                convert_colour_masks(root)
-            else:
-                raise InputError("--download goes with --dataset voc, --convert with --dataset custom"
-                                 + ("; for Cityscapes, log in at cityscapes-dataset.com and unpack "
-                                    f"leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip in {root}"
-                                    if args.dataset == "cityscapes" else ""))
+        root = Path(args.data_root or protocol.data_root)
+        if args.download and args.dataset.startswith("voc"):
+            download_voc(root)
+        elif args.convert and args.dataset == "custom":
+            convert_masks(root)
+        elif args.download or args.convert:
+            raise InputError("--download goes with --dataset voc, --convert with --dataset custom"
+                             + ("; for Cityscapes, log in at cityscapes-dataset.com and unpack "
+                                f"leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip in {root}"
+                                if args.dataset == "cityscapes" else ""))
         data = open_data(args.dataset, args.data_root)
         print(f"{args.dataset}: {len(data.images)} images, {len(data.masks)} masks; {len(data.train)} "
-              f"for training, {len(data.val)} for validation" + (f"\n{data.note}" if data.note else ""))
+              f"for training, {len(data.val)} for validation")
         for split in SPLITS:
             try:
                 labelled, unlabelled = split_ids(data, args.dataset, split)
@@ -352,28 +557,28 @@ def main(argv=None):
                 print(error)
                 continue
             print(f"--split {split:5} {len(labelled):6} labelled {len(unlabelled):6} unlabelled")
-        labelled, unlabelled = split_ids(data, args.dataset, args.split)
+        labelled, unlabelled = split_ids(data, args.dataset, args.split or protocol.split)
         print(f"as given      {len(labelled):6} labelled {len(unlabelled):6} unlabelled")
-        found = problems(data, labelled, unlabelled, contents=10 ** 9)
-        for line in found:
+        found = check_data(data, labelled, unlabelled)
+        for line in found.notes:
+            print(line)
+        for line in found.problems:
             print(line, file=sys.stderr)
-        if found:
+        if found.problems:
             sys.exit(2)
-        names = labelled
-        with ThreadPoolExecutor() as pool:
-            pixels = sum(pool.map(lambda name: np.bincount(np.asarray(data.mask(name)).ravel(),
-                                                           minlength=256), names))
+        pixels = sum(found.pixels[name] for name in labelled)
         for c, label in enumerate(data.classes):
             print(f"{c:4} {label:20} {pixels[c] / pixels[:IGNORE].sum():7.2%} of the labelled pixels")
-        absent = [label for c, label in enumerate(data.classes) if not pixels[c]]
-        if absent:
-            print(f"classes without a labelled pixel: {short_list(absent)}")
         print(f" 255 {'ignored':20} {pixels[IGNORE] / pixels.sum():7.2%} of all pixels")
+        side, crop = median(found.sides), protocol.crop_size
+        if side > 3 * crop:
+            options = ["--split", args.split] * bool(args.split) + ["--image-size", str(2 * crop)]
+            print(f"the photographs ({side:.0f} pixels) are much larger than the crop ({crop}), which sees little "
+                  f"of them; smaller, {data.command('train.py', *options)}")
     except (InputError, OSError) as error:
         print(f"prepare.py: {error}", file=sys.stderr)
         sys.exit(2)
 
 
 if __name__ == "__main__":
-    sys.modules["data"] = sys.modules["__main__"]  # so that py raises this InputError
     main()
