@@ -6,12 +6,13 @@ Every random draw is a function of (seed, iteration, slot in the global batch): 
 from one iteration to the next, so a run can resume anywhere, on any number of ranks and workers.
 """
 
+import math
 import re
 import shlex
 import signal
 import unicodedata
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from multiprocessing import resource_tracker
@@ -71,9 +72,9 @@ PROTOCOLS = {
 }
 
 VOC_CLASSES = [
-    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
-    "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
-    "train", "tvmonitor"]
+    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
+    "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
+    "tvmonitor"]
 CITYSCAPES = {  # class: (its labelId, its colour), in the order of the 19 training ids
     "road": (7, (128, 64, 128)), "sidewalk": (8, (244, 35, 232)),
     "building": (11, (70, 70, 70)), "wall": (12, (102, 102, 156)),
@@ -87,13 +88,9 @@ CITYSCAPES = {  # class: (its labelId, its colour), in the order of the 19 train
     "bicycle": (33, (119, 11, 32)),
 }
 TRAINING_SETS = {"voc": 10582, "voc_classic": 1464, "cityscapes": 2975}  # what a split is a part of
-DRAWN_SPLITS = {"voc_classic": (92, 183, 366, 732), "cityscapes": (186, 372, 744, 1488)}
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 MASK_FOLDERS = ("SegmentationClassIds", "SegmentationClass", "SegmentationClassPNG", "masks")
-TURNS = dict(zip(range(2, 9), (  # what an EXIF orientation asks for
-    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
-    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
-    Image.Transpose.ROTATE_90), strict=True))
+TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation -> Image.Transpose
 warnings.filterwarnings("ignore", module=r"PIL\.")  # odd metadata, large photographs: both are read
 
 
@@ -132,22 +129,17 @@ class SegmentationData:
         return open_photograph(self.images[name])
 
     def labels(self, name):
-        """(labels, palette): an (H, W) integer array of class ids and 255, which may hold ids that no
-        class has, and the mask's own colours [r, g, b, r, ...] if it is an index PNG, else None.
-
-        Raises InputError for a file that cannot be read or is told by colour.
-        """
+        """(labels, palette) of a mask: (H, W) integers, which may hold ids that no class has; and its own
+        colours [r, g, b, r, ...], or None. Raises InputError for what cannot be read or is in colour."""
         path = self.masks[name]
         with reading(path), Image.open(path) as picture:
-            labels = np.array(picture)
-            palette = picture.getpalette() if picture.mode == "P" else None
-        one_bit = labels.dtype == bool and labels.any() and len(self.classes) > 2
-        if labels.ndim != 2 or one_bit:
-            kind = "of one bit" if one_bit else f"a colour image ({picture.mode})"
-            raise InputError(f"{path}: {kind}, not an index PNG (one channel of class ids); "
-                             + self.conversion("replace the mask"))
-        if labels.dtype == bool:
+            labels, mode = np.array(picture), picture.mode
+            palette = picture.getpalette() if mode == "P" else None
+        if labels.dtype == bool and (len(self.classes) == 2 or not labels.any()):
             labels = labels.astype(np.uint8)
+        if labels.ndim != 2 or labels.dtype == bool:
+            raise InputError(f"{path}: {'of one bit' if mode == '1' else 'a colour image'} ({mode}), not an "
+                             f"index PNG (one channel of class ids); {self.conversion('replace the mask')}")
         if self.label_ids is not None:
             labels = np.where(labels > IGNORE, labels, self.label_ids[labels.clip(max=IGNORE)])
         return labels, palette
@@ -157,43 +149,38 @@ class SegmentationData:
         labels, _ = self.labels(name)
         strange = labels[(labels != IGNORE) & (labels >= len(self.classes))]
         if strange.size:
-            raise InputError(f"{self.masks[name]}: holds the ids {short_list(np.unique(strange))}, but "
-                             f"there are {len(self.classes)} classes (0 to {len(self.classes) - 1}); "
-                             f"what to do says: {self.command('prepare.py')}")
+            raise InputError(f"{self.masks[name]}: holds the ids {short_list(np.unique(strange))}, but there "
+                             f"are {len(self.classes)} classes; see {self.command('prepare.py')}")
         return Image.fromarray(labels.astype(np.uint8))
 
     def command(self, script, *options):
         return command(script, self.dataset, self.root, *options)
 
     def conversion(self, otherwise=""):
-        """The remedy for masks that are told by colour: the command for own data."""
-        if self.dataset != "custom":
-            return otherwise
-        return f"make class ids of the masks: {self.command('prepare.py', '--convert')}"
+        """The remedy for masks that are told by colour: a command for own data."""
+        return (f"make class ids of the masks: {self.command('prepare.py', '--convert')}"
+                if self.dataset == "custom" else otherwise)
 
 
 def command(script, dataset, root, *options):
-    """A whole command, for a message: as it can be pasted into a shell."""
+    """A whole command, for a message, as it can be pasted into a shell."""
     where = ["--data-root", str(root)] if root else []
     return shlex.join(["python", script, "--dataset", dataset, *where, *options])
 
 
 def open_photograph(path):
-    """A Pillow image, upright, and not decoded yet unless its EXIF had it turned."""
+    """A Pillow image, upright, and not decoded yet unless it had to be turned. Raises InputError."""
     with reading(path):
-        image = Image.open(path)
+        image, orientation = Image.open(path), None
         if image.mode[0] in "IF":
-            raise InputError(f"{path}: has more than 8 bits a channel ({image.mode}); convert it to "
-                             f"an 8-bit photograph")
-        if "exif" in image.info or image.format == "TIFF":  # for others, getexif decodes the image
-            try:
+            raise InputError(f"{path}: has more than 8 bits a channel ({image.mode}); convert it to 8 bits")
+        if "exif" in image.info or image.format == "TIFF":  # of others, getexif decodes the image
+            with suppress(Exception):  # an EXIF that cannot be read says nothing
                 orientation = image.getexif().get(ExifTags.Base.Orientation)
-            except Exception:  # an EXIF that cannot be read says nothing
-                orientation = None
-            if orientation in TURNS:
-                # A TIFF turns itself when it is loaded. exif_transpose would write the EXIF anew.
-                image = image.load() and image if image.format == "TIFF" else image.transpose(
-                    TURNS[orientation])
+        if orientation in TURNS and image.format == "TIFF":
+            image.load()  # it turns itself
+        elif orientation in TURNS:
+            image = image.transpose(Image.Transpose(TURNS[orientation]))  # exif_transpose rewrites the EXIF
         return image
 
 
@@ -205,22 +192,22 @@ def reading(path):
     except InputError:
         raise
     except Exception as error:  # Pillow has a dozen kinds of them
-        raise InputError(unreadable(path, error)) from None
+        raise InputError(unreadable(Path(path), error)) from None
 
 
 def unreadable(path, error):
+    reason, remedy = (str(error) or type(error).__name__).splitlines()[0], "replace or remove it"
     if isinstance(error, FileNotFoundError):
         return f"{path}: " + ("a link to nothing; remove it" if path.is_symlink() else "no such file")
     if isinstance(error, UnicodeError):
         return f"{path}: not UTF-8; save it as UTF-8"
     if isinstance(error, Image.DecompressionBombError):
-        limit = 2 * Image.MAX_IMAGE_PIXELS // 10 ** 6
-        return f"{path}: more than {limit} megapixels; tile or shrink it"
-    if isinstance(error, UnidentifiedImageError) and path.read_bytes()[4:8] == b"ftyp":
-        return f"{path}: a HEIC or AVIF photograph; convert it to JPEG"
-    reason = ("not an image" if isinstance(error, UnidentifiedImageError) else
-              (str(error) or type(error).__name__).splitlines()[0])
-    return f"{path}: cannot be read ({reason}); replace or remove it"
+        reason, remedy = f"more than {2 * Image.MAX_IMAGE_PIXELS // 10 ** 6} megapixels", "tile or shrink it"
+    if isinstance(error, UnidentifiedImageError):
+        with open(path, "rb") as file:
+            heic = file.read(8)[4:] == b"ftyp"
+        reason, remedy = ("HEIC or AVIF", "convert it to JPEG") if heic else ("not an image", remedy)
+    return f"{path}: cannot be read ({reason}); {remedy}"
 
 
 def short_list(items, most=3):
@@ -302,42 +289,37 @@ def open_custom(root):
 
     Every training image with a mask is labelled; every one without is not.
     """
-    photographs = next((root / folder for folder in ("JPEGImages", "images")
-                        if (root / folder).is_dir()), None)
+    folders = [path for path in sorted(root.iterdir()) if path.is_dir()]
+    photographs = next((root / name for name in ("JPEGImages", "images") if root / name in folders), None)
     if photographs is None:
-        others = short_list(f"{path.name}/" for path in sorted(root.iterdir()) if path.is_dir())
-        raise InputError(f"--data-root {root}: neither JPEGImages/ nor images/ in it"
-                         + (f", but {others}; rename the folder of the photographs images/, and that "
-                            f"of the masks masks/" if others else
-                            "; put the photographs into images/, and the masks into masks/"))
-    for mask_folder in (root / folder for folder in MASK_FOLDERS):
+        raise InputError(f"--data-root {root}: neither JPEGImages/ nor images/ in it (but "
+                         f"{short_list(path.name for path in folders) or 'no folder'}); call the folder of "
+                         f"the photographs images/, and that of the masks masks/")
+    for mask_folder in (root / name for name in MASK_FOLDERS):
         masks = stems(mask_folder)
         if masks:
             break
     label_map = root / "labelmap.txt"
-    if label_map.exists() and not (root / "SegmentationClassIds").is_dir():
-        raise InputError(f"{label_map}: says that the masks are told by colour (if they hold class ids, "
-                         f"remove it); make class ids of them: "
+    if label_map.exists() and root / "SegmentationClassIds" not in folders:
+        raise InputError(f"{label_map}: says that the masks are told by colour; make class ids of them: "
                          f"{command('prepare.py', 'custom', root, '--convert')}")
     classes = read_class_names(root / "class_names.txt")
-    images = stems(photographs, IMAGE_SUFFIXES)
-    lists = {path.name.lower(): path for path in sorted((root / "ImageSets/Segmentation").glob("*"))}
+    images, notes = stems(photographs, IMAGE_SUFFIXES), []
+    listed = root / "ImageSets" / "Segmentation"
+    lists = {path.name.lower(): path for path in sorted(listed.glob("*"))}
     train_list, val_list = lists.get("train.txt"), lists.get("val.txt") or lists.get("validation.txt")
-    train, notes = sorted(read_list(train_list) if train_list else images), []
-    held_out = [name for name, path in images.items() if name in masks and name in train
-                and {"val", "valid", "validation"} & {*path.relative_to(photographs).parts[:-1]}]
+    train = sorted(read_list(train_list) if train_list else images)
+    with_mask = [name for name in train if name in masks]
+    held_out = [name for name in with_mask if name in images and {"val", "valid", "validation"} & {
+        part.lower() for part in images[name].relative_to(photographs).parts[:-1]}]
     if val_list:
         val = read_list(val_list)
-    elif held_out:
-        val = held_out
-        notes.append(f"{photographs}: the {len(val)} labelled images of its subfolder "
-                     f"{images[val[0]].parent.name}/ are kept for validation")
     else:
-        with_mask = [name for name in train if name in masks]
-        drawn = np.random.default_rng(0).permutation(len(with_mask))[:-(-len(with_mask) // 10)]
-        val = sorted(with_mask[i] for i in drawn)
-        notes.append(f"no {root / 'ImageSets/Segmentation/val.txt'}: {len(val)} of the {len(with_mask)} "
-                     f"labelled images, drawn with a fixed seed, are kept for validation")
+        drawn = np.random.default_rng(0).permutation(len(with_mask))[:math.ceil(len(with_mask) / 10)]
+        val = held_out or sorted(with_mask[i] for i in drawn)
+        notes = [f"no {listed / 'val.txt'}: {len(val)} of the {len(with_mask)} labelled images, "
+                 f"{'those of the folder val/' if held_out else 'drawn with a fixed seed'}, are kept for "
+                 f"validation"]
     if not val_list or not train_list:
         train = sorted({*train} - {*val})
     return SegmentationData(classes, voc_palette(len(classes)), images, masks, train, val,
@@ -346,15 +328,15 @@ def open_custom(root):
 
 
 def read_class_names(path):
-    """The names in class_names.txt, whose line number, from 0, is the class id."""
+    """The names in class_names.txt: a line's number, from 0, is the class id."""
     names = read_lines(path) if path.exists() else []
     while names and not names[-1]:
         names.pop()
-    numbers = [re.match(r"(\d+)(?:\W|$)", name) for name in names]
+    numbers = [int(number[1]) for name in names if (number := re.match(r"(\d+)(?:\W|$)", name))]
     if not names:
-        others = [other for other in ("classes.txt", "labels.txt") if (path.parent / other).exists()]
-        text = ("missing or empty; write one class name a line, in the order of the ids in the masks"
-                + (f" (or rename {others[0]}, if it is that)" if others else ""))
+        other = [f"; or rename {name}, if it is that" for name in ("classes.txt", "labels.txt")
+                 if path.with_name(name).exists()]
+        text = f"missing or empty; write one class name a line, in the order of the ids{''.join(other[:1])}"
     elif "__ignore__" in names:
         text = "__ignore__ is 255 in the masks, and no class; remove its line"
     elif not all(names) or not 2 <= len(names) <= IGNORE:
@@ -362,9 +344,9 @@ def read_class_names(path):
                 f"empty: a line's number, from 0, is its class id")
     elif len({*names}) < len(names):
         text = f"{max(names, key=names.count)} stands there twice; give each class a name of its own"
-    elif all(numbers) and [int(number[1]) for number in numbers] != [*range(len(names))]:
-        text = (f"its names are numbered from {numbers[0][1]} on, but a line's number, from 0, is its "
-                f"class id; write a line for each id in the masks, from 0, without numbers")
+    elif len(numbers) == len(names) and numbers != [*range(len(names))]:
+        text = (f"numbered from {numbers[0]}, but a line's number, from 0, is its class id; write a line "
+                f"for each id in the masks, from 0, without numbers")
     else:
         return names
     raise InputError(f"{path}: {text}")
@@ -385,17 +367,15 @@ def stems(folder, suffixes=(".png",)):
     form NFC, whatever the file system or a list uses.
     """
     def wanted(path):
-        parts = path.relative_to(folder).parts
-        return (path.suffix.lower() in suffixes and "test" not in parts[:-1]
-                and not any(part.startswith(".") for part in parts))
+        *parents, name = path.relative_to(folder).parts
+        return (path.suffix.lower() in suffixes and "test" not in parents
+                and not any(part.startswith(".") for part in (*parents, name)))
 
     found = {}
-    paths = folder.is_dir() and (list(filter(wanted, folder.iterdir()))
-                                 or list(filter(wanted, folder.rglob("*")))) or []
-    for path in sorted(paths):
+    for path in sorted(filter(wanted, folder.glob("*"))) or sorted(filter(wanted, folder.rglob("*"))):
         stem = unicodedata.normalize("NFC", path.stem)
-        if "\n" in stem or re.search("[\ud800-\udfff]", stem):  # bytes that are no UTF-8
-            raise InputError(f"{folder}: holds a file with a strange name, {ascii(path.name)}; rename it")
+        if re.search("[\n\ud800-\udfff]", stem):  # the latter: bytes that are no UTF-8
+            raise InputError(f"{folder}: a file has the strange name {ascii(path.name)}; rename it")
         if stem in found:
             raise InputError(f"{path} and {found[stem]}: two files for one id; rename one, remove it, or, "
                              f"if it is a mask, move it away from the photographs")
@@ -453,20 +433,6 @@ def split_ids(data, dataset, split):
         raise InputError(f"--split {split}: {dataset} has no such split and there is no such file; "
                          f"give one of {', '.join(SPLITS)}, or a list of ids")
     return sorted(labelled), sorted(set(data.train) - set(labelled))
-
-
-def draw_splits(folder=HERE / "splits"):
-    """Write the position lists of splits/: the first 92, 183, ... of one seeded permutation, so that
-    a smaller split is the start of a larger one."""
-    for dataset, sizes in DRAWN_SPLITS.items():
-        total = TRAINING_SETS[dataset]
-        order = np.random.default_rng(0).permutation(total)
-        (folder / dataset).mkdir(parents=True, exist_ok=True)
-        for name, size in zip(SPLITS, sizes):
-            (folder / dataset / f"{name}.txt").write_text(
-                f"# positions in the {total} sorted training ids of {dataset}: the first {size} of "
-                f"numpy.random.default_rng(0).permutation({total}); made by data.draw_splits()\n"
-                + "".join(f"{p}\n" for p in order[:size]))
 
 
 class Shapes(SegmentationData):

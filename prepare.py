@@ -31,9 +31,24 @@ from torchvision.datasets import SBDataset
 from torchvision.datasets.utils import check_integrity, download_url
 from torchvision.datasets.voc import DATASET_YEAR_DICT
 
-from data import (IGNORE, IMAGE_SUFFIXES, MASK_FOLDERS, PROTOCOLS, SPLITS, InputError, open_data,
-                  read_class_names, read_lines, read_list, reading, short_list, split_ids, stems,
-                  unreadable, voc_palette)
+from data import (
+    IGNORE,
+    IMAGE_SUFFIXES,
+    MASK_FOLDERS,
+    PROTOCOLS,
+    SPLITS,
+    InputError,
+    open_data,
+    read_class_names,
+    read_lines,
+    read_list,
+    reading,
+    short_list,
+    split_ids,
+    stems,
+    unreadable,
+    voc_palette,
+)
 
 TRAINING_IDS = 10582  # VOC train and all of SBD, without VOC val
 TIMEOUT = 60  # seconds for which a server may say nothing
@@ -46,13 +61,8 @@ IMAGE_WORDS = re.compile(r"(?:[-_. ]*(?:img|images?|photo|rgb|sat))+$", re.I)
 
 @dataclass
 class Findings:
-    """What check_data found.
-
-    problems:  lines that refuse a run; the most telling one comes first.
-    notes:     lines that are only said.
-    pixels:    id -> how many pixels of its mask hold each id, (256 or more,).
-    sides:     the longer side of each image.
-    """
+    """What a check found: lines that refuse a run, the most telling one first; lines that are only said;
+    the pixels of each id in the mask of each image, (256 or more,), and the longer side of each image."""
     problems: list = field(default_factory=list)
     notes: list = field(default_factory=list)
     pixels: dict = field(default_factory=dict)
@@ -67,25 +77,24 @@ def check_data(data, labelled, unlabelled, supervised=False):
         found.problems.append(f"{len(both)} validation images are among the training ones: "
                               f"{short_list(both)}; keep each in one list")
     if not found.problems:
-        check_classes(data, labelled, "labelled", found)
-        check_classes(data, data.val, "validation", found)
-    of_masks, of_photographs = unused(data)
+        check_classes(data, labelled, found)
+    of_masks, of_photographs = unused(data, found.pixels)
     lacks, lines = None, of_photographs + of_masks
     if not data.images:
-        lacks = "no photographs; put them into images/"
+        lacks = f"{data.folders[0] if data.folders else data.root}: no photographs in it; put them there"
     elif not labelled:
         lacks, lines = "no labelled image is left to train on; add masks", of_masks + of_photographs
-        if len(data.val) == 1:
-            lacks = (f"no labelled image: {data.val[0]} alone has a mask, and is kept for validation; add "
-                     f"the mask of another")
+        if len(data.masks) == len(data.val) == 1:
+            lacks = (f"{data.val[0]} alone has a mask, and two are needed, since one is kept for validation; "
+                     f"add the mask of another")
     elif not data.val:
         lacks = "no validation image; list some, with masks, in ImageSets/Segmentation/val.txt"
     elif not unlabelled and not supervised:
-        lacks = (f"no unlabelled image is left; add images without masks, train with --supervised, or try "
-                 f"it with half of the masks: {data.command('train.py', '--split', '1_2')}")
+        lacks = (f"no unlabelled image is left; add images without masks, train with --supervised, or leave "
+                 f"the masks of half of them out: {data.command('train.py', '--split', '1_2')}")
     if lacks:
         found.problems += [*lines, lacks]
-    found.notes = data.notes + found.notes + (lines if not lacks else [])
+    found.notes = data.notes + found.notes + ([] if lacks else lines)
     return found
 
 
@@ -93,14 +102,12 @@ def check_files(data, masked, unmasked=()):
     """Reads the headers and ends of images, and the masks of those in `masked`. Returns Findings."""
     found, lines, palettes, with_mask = Findings(), [], {}, {*masked}
     everything = sorted({*masked, *unmasked})
-    absent = [name for name in everything if name not in data.images]
-    if absent:
-        found.problems.append(f"{len(absent)} listed images are missing: {short_list(absent)}; complete "
-                              f"the data set or fix the list")
-    bare = [name for name in masked if name not in data.masks]
-    if bare:
-        found.problems.append(f"{len(bare)} images of the labelled or validation list have no mask: "
-                              f"{short_list(bare)}; add their masks or take them off the list")
+    for names, text in (([n for n in everything if n not in data.images], "listed images are missing: {}; "
+                         "complete the data set or fix the list"),
+                        ([n for n in masked if n not in data.masks], "images of the labelled or validation "
+                         "list have no mask: {}; add their masks or take them off the list")):
+        if names:
+            found.problems.append(f"{len(names)} {text.format(short_list(names))}")
 
     def look(name):
         said, side, pixels, palette = [], 0, None, None
@@ -137,32 +144,35 @@ def check_files(data, masked, unmasked=()):
 def demand_whole(image, path):
     """Raise InputError for a JPEG or PNG that breaks off, as its end tells."""
     mark = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}.get(image.format)
-    for length in (16, 1 << 16) if mark else ():  # cameras append things of their own
-        with reading(path), open(path, "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - length))
-            end = file.read()
-        if end.rfind(mark) > end.rfind(b"\xff\xda"):  # the mark of a thumbnail is before the scan
-            return
     if mark:
-        with reading(path):
+        with reading(path), open(path, "rb") as file:
+            for length in (16, 1 << 16):  # cameras append things of their own
+                file.seek(max(0, os.fstat(file.fileno()).st_size - length))
+                end = file.read()
+                if end.rfind(mark) > end.rfind(b"\xff\xda"):  # a thumbnail's is before the scan
+                    return
             image.draft(None, (1, 1))
             image.load()
 
 
-def check_classes(data, names, part, found):
-    """Add to `found` what the masks of a part of the data lack."""
-    pixels = sum((found.pixels[name] for name in names), np.zeros(256, int))
-    held = [label for label, count in zip(data.classes, pixels) if count]
-    absent = [label for label in data.classes if label not in held]
-    if names and (not held or (len(held) == 1 and part == "labelled")):
-        found.problems.append(
-            f"the {part} masks, {data.masks[names[0]]} for one, hold {held[0] if held else 'nothing'} alone"
-            + (f", beside {IGNORE}, which is ignored" if pixels[IGNORE] else "") + "; "
-            + ("add masks of other classes" if not held or not pixels[IGNORE] else
-               data.conversion("add masks of other classes")))
-    elif names and absent:
-        found.notes.append(f"no {part} mask holds {short_list(absent)}: " + (
-            "it will not be learnt" if part == "labelled" else "it is not in the mean IoU"))
+def check_classes(data, labelled, found):
+    """Add to `found` what the masks cannot teach or measure."""
+    absent = {}
+    for part, names in (("labelled", labelled), ("validation", data.val)):
+        pixels = sum((found.pixels[name] for name in names), np.zeros(256, int))
+        held = [label for label, count in zip(data.classes, pixels, strict=False) if count]
+        absent[part] = [label for label in data.classes if label not in held]
+        if names and len(held) < (2 if part == "labelled" else 1):
+            found.problems.append(
+                f"the {part} masks, {data.masks[names[0]]} for one, hold {held[0] if held else 'nothing'} alone"
+                + (f", beside {IGNORE}, which is ignored" if pixels[IGNORE] else "") + "; "
+                + ((data.conversion() if held and pixels[IGNORE] else "") or "add masks of other classes"))
+            return
+    if labelled and absent["labelled"]:
+        found.notes.append(f"no labelled mask holds {short_list(absent['labelled'])}: it will not be learnt")
+    unmeasured = [label for label in absent["validation"] if label not in absent["labelled"]]
+    if data.val and unmeasured:
+        found.notes.append(f"no validation mask holds {short_list(unmeasured)}: it is not in the mean IoU")
 
 
 def strange_ids(data, pixels):
@@ -173,17 +183,17 @@ def strange_ids(data, pixels):
     if not files:
         return []
     ids = np.unique(np.concatenate([*strange.values()]))
-    more = f" (and {len(files) - 1} more)" if len(files) > 1 else ""
-    text = f"{files[0]}{more}: holds the ids {short_list(ids)}, but there are {C} classes"
+    text = (f"{files[0]}" + f" (and {len(files) - 1} more)" * (len(files) > 1)
+            + f": holds the ids {short_list(ids)}, but there are {C} classes (0 to {C - 1}); ")
     names_file = data.root / "class_names.txt"
     if data.dataset != "custom":
-        return [f"{text}; replace the mask"]
+        return [text + "replace the mask"]
     if [*ids] == [C]:
         none = "" if any(counts[0] for counts in pixels.values()) else "no mask holds 0, and "
-        return [f"{text}: {none}ids count from 0. If 0 is a class too, write its name as the first line of "
-                f"{names_file}; if it is what nobody annotated, {data.conversion()}"]
-    return [f"{text} (0 to {C - 1}; {IGNORE} is ignored). If these are class ids, write a name for each id "
-            f"from 0 into {names_file}, a line each; if they are grey levels or colours, {data.conversion()}"]
+        return [text + f"{none}ids count from 0: if 0 is a class too, write its name as the first line of "
+                       f"{names_file}; if it is what nobody annotated, {data.conversion()}"]
+    return [text + f"if these are class ids, write a name for each id, from 0, into {names_file}; if they are "
+                   f"grey levels or colours, {data.conversion()}"]
 
 
 def clashing_palettes(data, pixels, palettes):
@@ -199,26 +209,48 @@ def clashing_palettes(data, pixels, palettes):
     return []
 
 
-def unused(data):
-    """What lies in an own folder and is not used: lines about masks, and lines about photographs."""
+def unused(data, pixels):
+    """What lies in an own folder and is not used, or not as it seems to be meant: lines about masks, and
+    lines about photographs, each with a count, an example, and what to do."""
     if not data.folders:
         return [], []
     photographs, mask_folder = data.folders
     owners = {IMAGE_WORDS.sub("", name).lower(): name for name in sorted(data.images, key=len, reverse=True)}
-    owner = lambda stem: owners.get(MASK_WORDS.sub("", stem).lower())  # the image that its mask seems to be of
-    groups, used = {}, {*data.images.values(), *data.masks.values()}
+
+    def owner(stem):  # the image whose mask it seems to be
+        return owners.get(MASK_WORDS.sub("", stem).lower())
+
+    of_masks, of_photographs, groups = [], [], {}
+    strays = sorted(data.masks.keys() - data.images.keys(), key=lambda name: (not owner(name), name))
+    copies = [name for name, path in data.images.items()
+              if path.suffix.lower() == ".png" and owner(name) not in (None, name)]
+    left_out = sorted(data.images.keys() - {*data.train, *data.val})
+    blank = [name for name in pixels if np.count_nonzero(pixels[name][:IGNORE]) == 1]
+    if copies:
+        of_masks.append(f"{data.images[copies[0]]}: {len(copies)} files like this one look like masks, and are "
+                        f"read as photographs; if they are masks, move them into {mask_folder}/, this one as "
+                        f"{owner(copies[0])}.png, and the others likewise")
+    if strays:
+        call = f": call it {owner(strays[0])}.png, and the others likewise" if owner(strays[0]) else ""
+        of_masks.append(f"{data.masks[strays[0]]}: {len(strays)} masks like this one have no image of their "
+                        f"name; a mask needs the stem of its image{call}")
+    if blank:
+        of_photographs.append(f"{data.masks[blank[0]]}: {len(blank)} masks like this one hold one class alone; "
+                              f"if nobody annotated these, remove them: their images are unlabelled then")
+    if left_out:
+        of_photographs.append(f"{data.root / 'ImageSets/Segmentation'}: its lists leave out {len(left_out)} "
+                              f"photographs ({left_out[0]} for one); to train on them, add them to train.txt")
+    used = {*data.images.values(), *data.masks.values()}
     for path in sorted(data.root.rglob("*")):
         if (path not in used and path.is_file() and path.name not in ("Thumbs.db", "desktop.ini")
                 and not any(part.startswith(".") for part in path.relative_to(data.root).parts)):
             groups.setdefault((path.parent, path.suffix.lower()), []).append(path)
-    of_masks, of_photographs = [], []
     for (folder, suffix), paths in groups.items():
         among_images = photographs in (folder, *folder.parents)
         among_masks = any(data.root / name in (folder, *folder.parents) for name in MASK_FOLDERS)
         if not among_images:
             paths = [path for path in paths if normalize("NFC", path.stem) not in data.masks]
-        like_masks = suffix == ".png" and not among_images and any(owner(path.stem) for path in paths)
-        if among_masks or like_masks:
+        if among_masks or (suffix == ".png" and not among_images and any(owner(path.stem) for path in paths)):
             lines, remedy = of_masks, (
                 f"if they are masks, move them into {mask_folder}/" if suffix == ".png" else
                 data.conversion() if suffix in LOSSLESS else
@@ -229,24 +261,8 @@ def unused(data):
                 "if they are photographs, convert them to JPEG" if suffix else
                 "if they are photographs, give them a suffix such as .jpg")
         if paths and (among_images or among_masks or suffix in {*IMAGE_SUFFIXES, ".heic", ".heif"}):
-            lines.append(f"{folder}: {len(paths)} files {suffix or 'without suffix'} ({paths[0].name} for "
-                         f"one) are not read; {remedy}")
-    strays = sorted(data.masks.keys() - data.images.keys(), key=lambda name: (not owner(name), name))
-    if strays:
-        call = f": call it {owner(strays[0])}.png, and the others likewise" if owner(strays[0]) else ""
-        of_masks.insert(0, f"{data.masks[strays[0]]}: {len(strays)} masks like this one have no image of "
-                           f"their name; a mask needs the stem of its image{call}")
-    copies = [name for name, path in data.images.items()
-              if path.suffix.lower() == ".png" and owner(name) not in (None, name)]
-    if copies:
-        of_masks.insert(0, f"{data.images[copies[0]]}: {len(copies)} files like this one look like masks, and "
-                           f"are read as photographs; if they are masks, move them into {mask_folder}/, this "
-                           f"one as {owner(copies[0])}.png, and the others likewise")
-    left_out = sorted(data.images.keys() - {*data.train, *data.val})
-    if left_out:
-        of_photographs.insert(0, f"{data.root / 'ImageSets/Segmentation'}: its lists leave out "
-                                 f"{len(left_out)} photographs ({left_out[0]} for one); to train on them, add "
-                                 f"them to its train.txt")
+            lines.append(f"{folder}: {len(paths)} files {suffix or 'without suffix'} ({paths[0].name} for one) "
+                         f"are not read; {remedy}")
     return of_masks[:3] + outdated(data), of_photographs[:3]
 
 
@@ -381,12 +397,12 @@ def fetch(url, archive, md5):
 
 
 def originals(root):
-    """(folder, stem -> file): the masks that --convert starts from; (None, {}) if there are none."""
+    """(folder, stem -> file): the masks that --convert starts from; {} if there are none."""
     for folder in (root / name for name in MASK_FOLDERS[1:]):
         masks = stems(folder, LOSSLESS) | stems(folder)
         if masks:
-            return folder, masks
-    return None, {}
+            break
+    return folder, masks
 
 
 def convert_masks(root):
@@ -398,50 +414,52 @@ def convert_masks(root):
     values that are ids already are taken as such; for other colours it is written, and asks for names.
     Run again, it adds the masks that are new; what it would have to overwrite is an InputError.
     """
-    root = Path(root)
-    names_file, label_map, final = (root / name for name in (
-        "class_names.txt", "labelmap.txt", "SegmentationClassIds"))
+    names_file, label_map, final, part = (root / name for name in (
+        "class_names.txt", "labelmap.txt", "SegmentationClassIds", "SegmentationClassIds.part"))
     folder, masks = originals(root)
     if not masks:
-        raise InputError(f"{root}: no masks in {', '.join(f'{name}/' for name in MASK_FOLDERS[1:])} to "
-                         f"convert; give the folder that holds one of them as --data-root")
+        raise InputError(f"{root}: no masks to convert in {'/, '.join(MASK_FOLDERS[1:])}/; give the folder "
+                         f"that holds one of them as --data-root")
+    names = read_class_names(names_file) if names_file.exists() else []
     found = {}  # (r, g, b) -> [its pixels, a mask that holds it]
     for path in masks.values():
-        for count, colour in coloured(path).getcolors(1 << 24):
+        counts = coloured(path).getcolors(256)
+        if not counts:
+            raise InputError(f"{path}: more than 256 colours, as smoothed edges or a JPEG give them; export "
+                             f"the masks again without that, and {AGAIN}")
+        for count, colour in counts:
             found.setdefault(colour, [0, path])[0] += count
-    names = read_class_names(names_file) if names_file.exists() else []
-    if label_map.exists():
-        labels = read_label_map(label_map)
-    else:
-        labels = plain_labels(found, names) or ask_for_names(label_map, folder, found, names)
+    labels = read_label_map(label_map) if label_map.exists() else plain_labels(found, names)
+    if not labels:
+        ask_for_names(label_map, folder, found, names)
     known = list(dict.fromkeys(label for label in labels.values() if label != "ignore"))
     if "background" not in known:
         labels.setdefault((0, 0, 0), "ignore")
     strange = [colour for colour in found if colour not in labels]
-    if strange:
-        raise InputError(f"{found[strange[0]][1]}: holds colours that labelmap.txt has not: "
-                         f"{short_list(strange)}; add them there, or fix the mask")
-    if names and not {*known} <= {*names}:
-        raise InputError(f"{names_file}: has not {short_list(sorted({*known} - {*names}))}, which {label_map} "
-                         f"has; make them agree, or remove {names_file}, and {AGAIN}")
+    unnamed = [label for label in known if names and label not in names]
     names = names or known
+    if strange:
+        raise InputError(f"{found[strange[0]][1]}: holds colours that {label_map} has not: "
+                         f"{short_list(strange)}; add them there, and {AGAIN}")
+    if unnamed:
+        raise InputError(f"{names_file}: has not {short_list(unnamed)}, which {label_map} has; make them agree, "
+                         f"or remove {names_file}, and {AGAIN}")
     if len(names) < 2:
-        raise InputError(f"{label_map}: one class alone; add a line for the rest, such as "
-                         f"background:0,0,0, and {AGAIN}")
-    ids, colours = np.full(1 << 24, IGNORE, np.uint8), voc_palette(len(names))
+        raise InputError(f"{label_map}: one class alone; add a line for the rest, such as background:0,0,0, "
+                         f"and {AGAIN}")
+    ids, palette = np.full(1 << 24, IGNORE, np.uint8), voc_palette(len(names))
     for colour, label in reversed(labels.items()):
         if label != "ignore":
-            ids[colour @ CODE], colours[names.index(label)] = names.index(label), colour
-    pixels = sum(count for count, _ in found.values())
+            ids[colour @ CODE], palette[names.index(label)] = names.index(label), colour
+    total = sum(count for count, _ in found.values())
     for colour, (count, path) in sorted(found.items(), key=lambda item: -item[1][0]):
-        print(f"{str(colour):15} -> {ids[colour @ CODE]:3} {labels[colour]:20} {count / pixels:7.2%} of the "
-              f"pixels, {path.name} for one")
+        print(f"{colour!s:15} -> {ids[colour @ CODE]:3} {labels[colour]:20} {count / total:7.2%} of the pixels, "
+              f"{path.name} for one")
 
-    part, old = final.with_suffix(".part"), final.with_suffix(".old")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     for name, path in masks.items():
-        write_png(ids[np.asarray(coloured(path)) @ CODE], colours, part / f"{name}.png")
+        write_png(ids[np.asarray(coloured(path)) @ CODE], palette, part / f"{name}.png")
     for path in stems(final).values():
         new = part / path.name
         if not new.exists() or not filecmp.cmp(path, new, shallow=False):
@@ -458,42 +476,39 @@ def coloured(path):
     with reading(path):
         if path.suffix.lower() == ".npy":
             grey = np.load(path)
+            grey = np.where(grey == -1, IGNORE, grey)  # labelme's
         else:
             with Image.open(path) as picture:
                 if picture.mode[0] not in "IF":
                     return picture.convert("RGB")
                 grey = np.array(picture)
-        grey = np.where(grey == -1, IGNORE, grey)  # labelme's
-        grey = np.where((grey > IGNORE) & (grey % 257 == 0), grey // 257, grey)  # 0 to 65535
+        grey = np.where(grey <= IGNORE, grey, grey / 257)  # 0 and 65535
         if grey.ndim != 2 or not np.isin(grey, range(256)).all():
             raise InputError(f"{path}: no map of class ids from 0 to 255; export it again")
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
 
 
 def plain_labels(colours, names):
-    """colour -> label, where grey values say it by themselves; else None."""
+    """{colour: label}, where grey values say it by themselves; else {}."""
     greys = {colour[0] for colour in colours}
+    ids = greys & {*range(len(names))}
     if any(len({*colour}) > 1 for colour in colours):
-        return None
+        return {}
     if greys == {0, IGNORE} and len(names) == 2:
         return {(0, 0, 0): names[0], (IGNORE,) * 3: names[1]}
-    ids = {grey for grey in greys if grey < len(names)}
-    if len(ids) > 1 and greys <= ids | {IGNORE}:
-        return {(grey,) * 3: "ignore" if grey == IGNORE else names[grey] for grey in greys}
-    return None
+    if len(ids) < 2 or not greys <= ids | {IGNORE}:
+        return {}
+    return {(grey,) * 3: "ignore" if grey == IGNORE else names[grey] for grey in greys}
 
 
 def ask_for_names(path, folder, colours, names):
     """Write a label map of the colours found, in which the user is to put the names right."""
-    if len(colours) > IGNORE:
-        raise InputError(f"{folder}: {len(colours)} colours in the masks, so edges are smoothed, or a JPEG was "
-                         f"among the steps; export the masks again without that")
     background = any("background" in name.lower() for name in names)
     largest = sorted(colours, key=lambda colour: (not any(colour) and not background, -colours[colour][0]))
     chosen = sorted(colours) if len(colours) <= len(names) else sorted(largest[:len(names)])
-    proposed = dict(zip(chosen, names))
-    pixels = sum(count for count, _ in colours.values())
-    lines = [f"# {colours[c][0] / pixels:.2%} of the pixels, {colours[c][1].name} for one\n"
+    proposed = dict(zip(chosen, names, strict=False))
+    total = sum(count for count, _ in colours.values())
+    lines = [f"# {colours[c][0] / total:.2%} of the pixels, {colours[c][1].name} for one\n"
              f"{proposed.get(c, 'ignore' if names else '?')}:{c[0]},{c[1]},{c[2]}::\n" for c in sorted(colours)]
     path.write_text("".join(["# label:color_rgb:parts:actions\n", *lines]), "utf-8")
     raise InputError(f"{path}: written, with the {len(colours)} colours of {folder}; put the right name before "
@@ -502,8 +517,8 @@ def ask_for_names(path, folder, colours, names):
 
 def read_label_map(path):
     """Lines of label:r,g,b:parts:actions, and # comments -> {(r, g, b): label}."""
-    lines = [line for line in read_lines(path) if line and not line.startswith("#")]
-    entries = [re.match(r"(.+?):(\d+),(\d+),(\d+)(:|\s*$)", line) for line in lines]
+    entries = [re.match(r"(.+?):(\d+),(\d+),(\d+)(:|\s*$)", line)
+               for line in read_lines(path) if line and not line.startswith("#")]
     labels = {tuple(map(int, entry.groups()[1:4])): entry[1].strip() for entry in entries if entry}
     if not 0 < len(labels) == len(entries) or len({*labels.values()}) > IGNORE or max(map(max, labels)) > 255:
         raise InputError(f"{path}: not 1 to 255 lines of label:r,g,b:parts:actions, each of its own colour; "
