@@ -52,14 +52,10 @@ def predict(model, image, window=None, max_side=None):
                 the image's own size before the classes are taken (behind windows: the classes are).
     """
     size = image.shape[-2:]
-    image = normalize(image[None])
-    if max_side and max(size) > max_side:
-        small = [max(1, round(side * max_side / max(size))) for side in size]
-        image = F.interpolate(image, small, mode="bilinear", antialias=True)
-    elif not window and size[0] * size[1] > WHOLE_IMAGE_PIXELS:
-        window = 769
-    if window and max(image.shape[-2:]) > window:
-        return sliding_window(model, image, window, size)
+    image, window = network_input(model, image, window, max_side)
+    if window:
+        _, labels = sliding_window(model, image, window)
+        return labels if labels.shape == size else F.interpolate(labels[None, None], size)[0, 0]
     logits = model(image)
     if logits.shape[-2:] == size:
         return logits.argmax(1)[0].to(torch.uint8)
@@ -72,30 +68,57 @@ def predict(model, image, window=None, max_side=None):
     return labels
 
 
-def sliding_window(model, image, window, size):
-    """As predict, over windows at two thirds' stride (Sec. 3.1), their softmax summed.
+def confidence_map(model, image, window=None, max_side=None):
+    """(confidence (h, w) in [0, 1], labels (h, w) uint8): each pixel's highest probability and its
+    class, at the size that the network sees. Arguments as predict's."""
+    image, window = network_input(model, image, window, max_side)
+    if window:
+        return sliding_window(model, image, window)
+    confidence, labels = model(image).softmax(1)[0].max(0)
+    return confidence, labels.to(torch.uint8)
+
+
+def network_input(model, image, window, max_side):
+    """An image (3, H, W), uint8, as the model sees it, (1, 3, h, w), and the window, or None for a
+    single pass."""
+    dtype = next((p.dtype for p in model.parameters()), torch.float32)
+    image = normalize(image[None])
+    longer = max(image.shape[-2:])
+    if max_side and longer > max_side:
+        small = [max(1, round(side * max_side / longer)) for side in image.shape[-2:]]
+        image = F.interpolate(image, small, mode="bilinear", antialias=True)
+    height, width = image.shape[-2:]
+    if not window and height * width > WHOLE_IMAGE_PIXELS:
+        window = 769
+    return image.to(dtype), window if window and max(height, width) > window else None
+
+
+def sliding_window(model, image, window):
+    """As confidence_map, of a (1, 3, H, W) image, over windows at two thirds' stride (Sec. 3.1), their
+    softmax averaged.
 
     Four windows of a row make a batch. Only the rows of pixels that a later window still reaches
     are kept as scores, so memory grows with the width of an image and not with its height.
     """
     height, width = image.shape[-2:]
     tops, lefts = window_starts(height, window), window_starts(width, window)
-    labels, scores = [], None
+    confidence, labels, scores = [], [], None
     for top, next_top in zip(tops, tops[1:] + [height]):
         rows = image[..., top:top + window, :]
         band = None
         for some in (lefts[i:i + 4] for i in range(0, len(lefts), 4)):
             prob = model(torch.cat([rows[..., left:left + window] for left in some])).softmax(1)
             if band is None:
-                band = prob.new_zeros(1, prob.shape[1], rows.shape[-2], width)
+                band = prob.new_zeros(prob.shape[1], rows.shape[-2], width)
             for left, p in zip(some, prob):
-                band[0, ..., left:left + window] += p
+                band[..., left:left + window] += p
         if scores is not None:
-            band[..., :scores.shape[-2], :] += scores
-        labels.append(band[..., :next_top - top, :].argmax(1).to(torch.uint8))
-        scores = band[..., next_top - top:, :]
-    labels = torch.cat(labels, dim=1)
-    return labels[0] if labels.shape[1:] == size else F.interpolate(labels[None], size)[0, 0]
+            band[:, :scores.shape[1]] += scores
+        whole, scores = band[:, :next_top - top], band[:, next_top - top:]
+        best, classes = whole.max(0)
+        confidence.append(best / whole.sum(0))  # the sum is the number of windows over a pixel
+        labels.append(classes.to(torch.uint8))
+    return torch.cat(confidence), torch.cat(labels)
 
 
 def window_starts(length, window):

@@ -1,9 +1,11 @@
-"""Masks and overlays of any photographs, by a checkpoint of train.py.
+"""Masks, overlays and hardness of any photographs, by a checkpoint of train.py.
 
     python predict.py CHECKPOINT PATH... --out DIR      files, or folders of them
+    python predict.py CHECKPOINT PATH... --hardness     and which of them to label next
 """
 
 import argparse
+import csv
 import sys
 from pathlib import Path
 
@@ -11,7 +13,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from data import IMAGE_SUFFIXES, InputError, open_photograph, picture_to_tensor, reading
-from evaluate import colourize, load_model, predict
+from evaluate import colourize, confidence_map, load_model, predict
+from hardness import confident_ratio, weighted_iou
 
 
 def overlay(image, labels, classes, palette):
@@ -31,9 +34,23 @@ def overlay(image, labels, classes, palette):
     return canvas
 
 
+def photograph_hardness(student, teacher, image, state):
+    """(gamma, rho_s, rho_t), Eq. 5-7, of a whole photograph (3, H, W), uint8, at the size that the
+    run of the checkpoint `state` works at, with its tau."""
+    settings, num_classes = state["settings"], len(state["classes"])
+    (p_s, z_s), (p_t, z_t) = (confidence_map(network, image, settings["window"], settings["image_size"])
+                              for network in (student, teacher))
+    rho_s, rho_t = (confident_ratio(p[None, None], settings["tau"]) for p in (p_s, p_t))
+    ignore_class = 0 if settings["ignore_background"] else None
+    gamma = 1 - (rho_s / 2 * weighted_iou(z_s[None], z_t[None], num_classes, None, ignore_class)
+                 + rho_t / 2 * weighted_iou(z_t[None], z_s[None], num_classes, None, ignore_class))
+    return tuple(torch.cat([gamma.clamp(0, 1), rho_s, rho_t]).tolist())
+
+
 @torch.inference_mode()
-def predict_files(model, state, paths, folder, device):
-    """Write STEM.png, the class map, and STEM_overlay.png for each photograph in files and folders.
+def predict_files(model, state, paths, folder, device, pair=None):
+    """Write STEM.png, the class map, and STEM_overlay.png for each photograph in files and folders;
+    with the `pair` (student, teacher), hardness.csv too, the hardest first.
 
     A photograph that cannot be read, or whose results would overwrite another file that is read or
     written here, is named on stderr and skipped. Returns how many were.
@@ -43,8 +60,12 @@ def predict_files(model, state, paths, folder, device):
         else [path])]
     if not photographs:
         raise InputError(f"{paths[0]}: no photograph in it")
+    if pair and (folder / "last.pth").exists():
+        raise InputError(f"--out {folder}: the folder of a run, whose hardness.csv would be lost; give "
+                         f"another --out")
     folder.mkdir(parents=True, exist_ok=True)
     settings, skipped, taken = state["settings"], 0, {file.resolve() for file in photographs}
+    hardness = []
     for done, file in enumerate(photographs, 1):
         targets = [folder / f"{file.stem}.png", folder / f"{file.stem}_overlay.png"]
         try:
@@ -52,7 +73,12 @@ def predict_files(model, state, paths, folder, device):
                 raise InputError(f"{file}: its result would overwrite {targets[0]}; give another --out")
             with reading(file):
                 image = picture_to_tensor(open_photograph(file).convert("RGB"))
-            labels = predict(model, image.to(device), settings["window"], settings["image_size"]).cpu()
+            with torch.autocast(device.type, torch.bfloat16,
+                                enabled=settings["amp"] and device.type == "cuda"):
+                labels = predict(model, image.to(device), settings["window"],
+                                 settings["image_size"]).cpu()
+                if pair:
+                    hardness.append((*photograph_hardness(*pair, image.to(device), state), str(file)))
             colourize(labels, state["palette"]).save(targets[0])
             overlay(image, labels, state["classes"], state["palette"]).save(targets[1])
             taken.update(target.resolve() for target in targets)
@@ -61,7 +87,21 @@ def predict_files(model, state, paths, folder, device):
             skipped += 1
         if done % 20 == 0 or done == len(photographs):
             print(f"{done}/{len(photographs)} photographs, {skipped} skipped", flush=True)
+    if pair:
+        write_hardness(sorted(hardness, reverse=True), folder / "hardness.csv")
     return skipped
+
+
+def write_hardness(ranked, path):
+    """Write (gamma, rho_s, rho_t, file) records as CSV, and name the first ten: those to label next."""
+    # Names that are not UTF-8 are written as the bytes that they are.
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        table = csv.writer(file)
+        table.writerow(("file", "gamma", "rho_student", "rho_teacher"))
+        table.writerows((name, *(f"{value:.4f}" for value in values)) for *values, name in ranked)
+    print(f"\nThe hardest, to label next (all of them: {path})\ngamma")
+    for gamma, *_, name in ranked[:10]:
+        print(f" {gamma:.2f}  {name}".encode(errors="backslashreplace").decode())
 
 
 def main(argv=None):
@@ -73,6 +113,9 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, default=Path("predictions"),
                         help="folder of the results (default: predictions)")
     parser.add_argument("--student", action="store_true", help="the student instead of the teacher")
+    parser.add_argument("--hardness", action="store_true",
+                        help="rank the photographs by how far student and teacher are from a confident "
+                             "agreement (Eq. 7): hardness.csv, the hardest first, to label next")
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -80,7 +123,11 @@ def main(argv=None):
         missing = [path for path in args.paths if not path.exists()]
         if missing:
             raise InputError(f"{missing[0]}: no such file or folder")
-        skipped = predict_files(model, state, args.paths, args.out, device)
+        pair = None
+        if args.hardness:
+            other, _ = load_model(args.checkpoint, not args.student, device)
+            pair = (model, other) if args.student else (other, model)
+        skipped = predict_files(model, state, args.paths, args.out, device, pair)
     except (InputError, OSError) as error:
         print(f"predict.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 
 import evaluate
-from data import InputError, SegmentationData, Shapes
+from data import InputError, SegmentationData, Shapes, normalize
 from evaluate import (
     colourize,
+    confidence_map,
     confusion_matrix,
     load_checkpoint,
     mean_iou,
@@ -19,6 +20,7 @@ from evaluate import (
     sliding_window,
     window_starts,
 )
+from model import DeepLabV3Plus
 
 
 def test_mean_iou_of_a_2x2_image():
@@ -83,11 +85,12 @@ def test_sliding_windows_against_a_slow_version(height, width):
     for top in window_starts(height, 16):
         for left in window_starts(width, 16):
             place = slice(top, top + 16), slice(left, left + 16)
-            scores[:, *place] += Corner()(image[:, :, *place])[0].softmax(0)
+            scores[(..., *place)] += Corner()(image[(..., *place)])[0].softmax(0)
             counts[place] += 1
     assert counts.min() >= 1
-    expected = (scores / counts).argmax(0)
-    assert sliding_window(Corner(), image, 16, (height, width)).equal(expected.to(torch.uint8))
+    expected, classes = (scores / counts).max(0)
+    confidence, labels = sliding_window(Corner(), image, 16)
+    assert labels.equal(classes.to(torch.uint8)) and torch.allclose(confidence, expected)
 
 
 def test_predict_gives_the_images_own_size():
@@ -108,6 +111,26 @@ def test_a_large_image_goes_through_windows_by_itself(monkeypatch):
     image = torch.zeros(3, 1500, 1600, dtype=torch.uint8)
     assert predict(Spy(), image).shape == (1500, 1600)
     assert max(sizes) <= (769, 769)
+
+
+def test_predict_takes_a_network_in_half_precision():
+    torch.manual_seed(0)
+    network = DeepLabV3Plus(3, "resnet18", channels=16).eval()
+    image = (torch.rand(3, 64, 64) * 255).to(torch.uint8)
+    with torch.inference_mode():
+        expected = predict(network, image)
+        assert (predict(network.half(), image) == expected).float().mean() > 0.99
+
+
+def test_confidence_map_at_the_size_that_the_network_sees():
+    image = (torch.rand(3, 50, 70, generator=torch.Generator().manual_seed(0)) * 255).to(torch.uint8)
+    confidence, labels = confidence_map(Brightness(), image)
+    expected, classes = Brightness()(normalize(image[None])).softmax(1)[0].max(0)
+    assert confidence.equal(expected) and labels.equal(classes.to(torch.uint8))
+    for window in (None, 16):
+        confidence, labels = confidence_map(Brightness(), image, window, max_side=35)
+        assert confidence.shape == labels.shape == (25, 35)
+        assert confidence.min() >= 0.5 and confidence.max() <= 1
 
 
 class Truth(torch.nn.Module):

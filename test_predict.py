@@ -1,11 +1,24 @@
 """Prediction of any photographs."""
 
+import csv
+import re
+
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
-from predict import predict_files
-from test_evaluate import Brightness
+import predict
+from data import normalize
+from hardness import instance_hardness
+from model import DeepLabV3Plus
+from predict import photograph_hardness, predict_files
+from test_evaluate import Brightness, Corner
+
+STATE = {"settings": {"window": None, "image_size": None, "amp": False, "tau": 0.6,
+                      "ignore_background": False, "backbone": "resnet18", "output_stride": 16,
+                      "channels": 16, "aux": False},
+         "classes": ["dark", "bright"], "palette": [(0, 0, 0), (255, 0, 0)]}
 
 
 def test_predict_files_writes_maps_at_the_photographs_own_upright_size(tmp_path, capsys):
@@ -17,9 +30,7 @@ def test_predict_files_writes_maps_at_the_photographs_own_upright_size(tmp_path,
     tall.save(inputs / "plain.png")
     (inputs / "broken.jpg").write_bytes((inputs / "phone.jpg").read_bytes()[:300])
     (inputs / "notes.txt").write_text("not a photograph")
-    state = {"settings": {"window": None, "image_size": None}, "classes": ["dark", "bright"],
-             "palette": [(0, 0, 0), (255, 0, 0)]}
-    assert predict_files(Brightness(), state, [inputs], out, torch.device("cpu")) == 1
+    assert predict_files(Brightness(), STATE, [inputs], out, torch.device("cpu")) == 1
     captured = capsys.readouterr()
     assert "broken.jpg" in captured.err and "3/3 photographs, 1 skipped" in captured.out
     for name in ("phone", "plain"):
@@ -40,11 +51,74 @@ def test_predict_files_never_overwrites_a_photograph_or_another_result(tmp_path,
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
     Image.new("RGB", (8, 8)).save(tmp_path / "a" / "x.png")
     before = (tmp_path / "x.png").read_bytes()
-    state = {"settings": {"window": None, "image_size": None}, "classes": ["dark", "bright"],
-             "palette": [(0, 0, 0), (255, 0, 0)]}
     device = torch.device("cpu")
-    assert predict_files(Brightness(), state, [tmp_path / "x.png"], tmp_path, device) == 1
+    assert predict_files(Brightness(), STATE, [tmp_path / "x.png"], tmp_path, device) == 1
     assert (tmp_path / "x.png").read_bytes() == before
     both = [tmp_path / "x.png", tmp_path / "a" / "x.png"]
-    assert predict_files(Brightness(), state, both, tmp_path / "out", device) == 1
+    assert predict_files(Brightness(), STATE, both, tmp_path / "out", device) == 1
     assert "give another --out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ignore_background", [False, True])
+def test_the_hardness_of_a_photograph_is_eq_7(ignore_background):
+    image = (torch.rand(3, 20, 30, generator=torch.Generator().manual_seed(0)) * 255).to(torch.uint8)
+    state = STATE | {"classes": ["a", "b", "c"]}
+    state["settings"] = STATE["settings"] | {"ignore_background": ignore_background}
+    student, teacher = Corner(), lambda images: 0.8 * Corner()(images).flip(1)
+    teacher.parameters = lambda: iter(())
+    gamma, rho_s, rho_t = photograph_hardness(student, teacher, image, state)
+    prob_s, prob_t = (network(normalize(image[None])).softmax(1) for network in (student, teacher))
+    expected = instance_hardness(prob_t, prob_s, 0.6, ignore_class=0 if ignore_background else None)
+    assert gamma == pytest.approx(expected.item()) and 0 < gamma < 1
+    assert rho_s == pytest.approx((prob_s.amax(1) >= 0.6).float().mean().item())
+    assert rho_t == pytest.approx((prob_t.amax(1) >= 0.6).float().mean().item()) and rho_t < rho_s
+    # In windows and shrunk, as --image-size has it: teacher and student alike are certain and agree.
+    state["settings"] |= {"window": 8, "image_size": 20, "tau": 0.0, "ignore_background": False}
+    assert photograph_hardness(student, student, image, state) == (0, 1, 1)
+
+
+def checkpoint(path, classes=("dark", "bright"), **settings):
+    """A checkpoint of two networks that differ, as train.py writes it."""
+    torch.manual_seed(0)
+    student = DeepLabV3Plus(len(classes), "resnet18", channels=16).state_dict()
+    student["decoder.2.bias"][0] += 0.2  # so that both classes occur
+    teacher = student | {"decoder.2.weight": student["decoder.2.weight"] * 1.2}
+    torch.save(STATE | {"student": student, "teacher": teacher, "classes": list(classes),
+                        "settings": STATE["settings"] | settings}, path)
+    return path
+
+
+def test_the_hardest_photographs_are_named_and_names_with_commas_survive(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    rng = np.random.default_rng(0)
+    names = [f'a, "{i}" \u00e9.png' for i in range(12)]
+    names.append(b"latin\xe9.png".decode(errors="surrogateescape"))  # a file name that is not UTF-8
+    for i, name in enumerate(names):
+        Image.fromarray((rng.random((40, 40, 3)) * 20 * i).astype(np.uint8)).save(tmp_path / "in" / name)
+    (tmp_path / "in" / "broken.png").write_bytes(b"x")
+    argv = [checkpoint(tmp_path / "best.pth", tau=0.5), tmp_path / "in", "--hardness", "--out",
+            tmp_path / "out"]
+    with pytest.raises(SystemExit) as end:
+        predict.main([str(a) for a in argv])
+    assert end.value.code == 1  # broken.png was skipped
+    with open(tmp_path / "out" / "hardness.csv", newline="", errors="surrogateescape") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["file"] for row in rows} == {str(tmp_path / "in" / name) for name in names}
+    gammas = [float(row["gamma"]) for row in rows]
+    assert gammas == sorted(gammas, reverse=True) and 0 <= gammas[-1] < gammas[0] <= 1
+    assert rows[0].keys() == {"file", "gamma", "rho_student", "rho_teacher"}
+    said = capsys.readouterr().out
+    assert len(re.findall(r"^ [01]\.\d\d  ", said, re.MULTILINE)) == 10
+    for row in rows[:10]:
+        assert row["file"].encode(errors="backslashreplace").decode() in said
+    assert all((tmp_path / "out" / name).exists() for name in names)  # the masks as usual
+
+
+def test_the_hardness_log_of_a_run_is_never_overwritten(tmp_path, capsys):
+    Image.new("RGB", (40, 40)).save(tmp_path / "x.jpg")
+    (tmp_path / "hardness.csv").write_text("0,im1,0.5\n")
+    argv = [checkpoint(tmp_path / "last.pth"), tmp_path / "x.jpg", "--hardness", "--out", tmp_path]
+    with pytest.raises(SystemExit) as end:
+        predict.main([str(a) for a in argv])
+    assert end.value.code == 2 and "give another --out" in capsys.readouterr().err
+    assert (tmp_path / "hardness.csv").read_text() == "0,im1,0.5\n" and not (tmp_path / "x.png").exists()

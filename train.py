@@ -29,6 +29,7 @@ from data import (
     PROTOCOLS,
     SPLITS,
     InputError,
+    Protocol,
     TrainingDraws,
     generator,
     normalize,
@@ -97,19 +98,24 @@ def guidance(student, teacher, batch, iteration, args):
     mean and spread of gamma, the confident ratio and whether CutMix fired, (4,)).
     """
     with torch.no_grad():
-        with record_function("no-gradient passes"), autocast(batch["weak"], args):
-            weak, valid = normalize(batch["weak"]), batch["valid"]
-            student.eval()  # R8
-            prob_s, prob_t = student(weak).softmax(1), teacher(weak).softmax(1)  # lines 3 and 4
-            student.train()
-        with record_function("hardness"):
-            gamma = gather(phi(prob_t, prob_s, valid, args))  # line 5
-            labels = pseudo_label(prob_t, args.tau, valid)
-            confident = (labels != IGNORE).sum() / valid.sum().clamp(min=1)
-            del prob_s, prob_t
+        weak, valid = normalize(batch["weak"]), batch["valid"]
+        student.eval()  # R8
+        assessed = [assess(student, teacher, *images, args) for images in
+                    zip(weak.chunk(args.accumulate), valid.chunk(args.accumulate))]
+        student.train()
+        gamma, labels = (torch.cat(parts) for parts in zip(*assessed))
+        gamma, confident = gather(gamma), (labels != IGNORE).sum() / valid.sum().clamp(min=1)
         with record_function("augmentation"):
             views, fired = strong_views(batch, weak, labels, gamma, iteration, args)
         return gamma, views, torch.stack([gamma.mean(), gamma.std(correction=0), confident, fired])
+
+
+def assess(student, teacher, weak, valid, args):
+    """Algorithm 1, lines 3-5, for one micro-batch: gamma (b,) and the pseudo-labels (b, H, W)."""
+    with record_function("no-gradient passes"), autocast(weak, args):
+        prob_s, prob_t = student(weak).softmax(1), teacher(weak).softmax(1)  # lines 3 and 4
+    with record_function("hardness"):
+        return phi(prob_t, prob_s, valid, args), pseudo_label(prob_t, args.tau, valid)
 
 
 def phi(prob_t, prob_s, valid, args):
@@ -117,7 +123,7 @@ def phi(prob_t, prob_s, valid, args):
     if args.hardness == "confidence":
         return confidence_hardness(prob_t, prob_s, args.tau, valid)
     if args.hardness == "loss":
-        return loss_hardness(prob_t, prob_s, valid)
+        return loss_hardness(prob_t, prob_s, valid=valid)
     ignore_class = 0 if args.ignore_background else None
     return instance_hardness(prob_t, prob_s, args.tau, valid, ignore_class)
 
@@ -286,67 +292,111 @@ def parse_arguments(argv=None):
     """The settings of a run: the flags, and the data set's protocol (data.PROTOCOLS) under them."""
     class Parser(argparse.ArgumentParser):
         def error(self, message):
-            raise InputError(f"{message}; see train.py --help")
+            raise InputError(f"{message}; see python train.py --help")
 
-    parser = Parser(description="Train HagSeg, the rows of its Table 4, or the supervised baseline.",
-                    epilog="Settings without a default take the data set's, from PROTOCOLS in data.py.")
-    add = parser.add_argument
+    def default(name):  # of all data sets, and of those that differ
+        usual = getattr(Protocol(), name)
+        return f"default: {usual}" + "".join(
+            f", {dataset} {getattr(protocol, name)}" for dataset, protocol in PROTOCOLS.items()
+            if getattr(protocol, name) != usual)
+
+    parser = Parser(description="Train HagSeg, the rows of its Table 4, or the supervised baseline.")
+    add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=PROTOCOLS, default="shapes",
         help="shapes (default) is drawn on the fly; custom is a folder of your own")
-    add("--data-root", help="folder of the data set, as its archive unpacks it (default: data/NAME)")
-    add("--split", help=f"which images are labelled: {', '.join(SPLITS)}, or a file of ids; custom "
-                        f"without it: every image that has a mask")
-    add("--backbone", choices=BACKBONES, help="resnet50 or resnet101 as in the paper; resnet18 for a "
-                                              "laptop")
-    add("--output-stride", type=int, choices=(8, 16), help="8 sees finer, and costs three times as "
-                                                           "much")
-    add("--channels", type=int, help="width of the decoder: 256 as in the paper, 64 for a laptop")
-    add("--weights", help="where the encoder starts: imagenet, none, or a torchvision state dict")
-    add("--crop-size", type=int, help="side of the training crops")
+    add("--data-root",
+        help="folder of the data set, as its archive unpacks it (default: data/NAME)")
+    add("--split",
+        help=f"which images are labelled: {', '.join(SPLITS)}, or a file of ids; custom without it: "
+             f"every image that has a mask (default: 1_8, shapes 1_16)")
+    add("--crop-size", type=int,
+        help=f"side of the training crops ({default('crop_size')})")
     add("--scale", type=float, nargs=2, metavar=("MIN", "MAX"),
-        help="range of the random scale; lower MAX if objects fill the crop")
+        help=f"range of the random scale; lower MAX if objects fill the crop ({default('scale')})")
     add("--image-size", type=int, metavar="SIDE",
-        help="work on images shrunk to this longer side: for photographs much larger than the crop, "
-             "and for small machines; results are still given at the images' own size")
-    add("--batch-size", type=int, help="labelled images an iteration, and as many unlabelled ones, "
-                                       "over all GPUs together")
-    add("--accumulate", type=int, default=1, metavar="N",
-        help="split each GPU's share into N to fit its memory; pairs and CutMix stay those of the "
-             "whole batch")
-    add("--supervised", action="store_true", help="the baseline: labelled images only")
+        help="shrink images to this longer side: for photographs much larger than the crop, and for "
+             "small machines; results are still given at the images' own size")
+
+    add = parser.add_argument_group("network").add_argument
+    add("--backbone", choices=BACKBONES,
+        help=f"resnet50 or resnet101 as in the paper; resnet18 for a laptop ({default('backbone')})")
+    add("--output-stride", type=int, choices=(8, 16),
+        help=f"8 sees finer, and costs three times as much ({default('output_stride')})")
+    add("--channels", type=int,
+        help=f"width of the decoder; 64 for a laptop ({default('channels')})")
+    add("--weights",
+        help=f"where the network starts: imagenet, none, a torchvision ResNet's state dict, or a "
+             f"checkpoint of train.py ({default('weights')})")
+    add("--multi-grid", action="store_true",
+        help="dilate the three blocks of stage 4 by 1, 2 and 4 times, as the authors' code does")
+    add("--aux", action="store_true",
+        help="auxiliary head on stage 3, weight 0.4 (authors, Cityscapes)")
+
+    method = parser.add_argument_group("method")
+    add = method.add_argument
+    add("--supervised", action="store_true",
+        help="the baseline: labelled images only")
     add("--loss", choices=("standard", "hardness"), default="hardness",
-        help="Table 4: equal weights (Eq. 4), or 1 - gamma (Eq. 10)")
+        help="Table 4: equal weights (Eq. 4), or 1 - gamma (Eq. 10, default)")
     add("--intensity", choices=("none", "standard", "hardness"), default="hardness",
-        help="Table 4: the intensity view, as it is or blended by gamma (Eq. 8)")
+        help="Table 4: the intensity view, as it is or blended by gamma (Eq. 8, default)")
     add("--cutmix", choices=("none", "standard", "hardness"), default="hardness",
-        help="Table 4: random pairs half of the time, or hard-easy pairs by gamma (Eq. 9)")
+        help="Table 4: random pairs half of the time, or hard-easy pairs by gamma (Eq. 9, default)")
     add("--hardness", choices=("wiou", "confidence", "loss"), default="wiou",
-        help="Fig. 3(a): Eq. 7, or what it is compared with")
-    add("--as-printed", action="store_true", help="Eq. 8 and Eq. 9 to the letter (README, R1 and R2)")
+        help="Fig. 3(a): Eq. 7 (default), or what it is compared with")
+    add("--tau", type=float,
+        help=f"confidence that a pixel needs to supervise; lower it if the confident ratio in the log "
+             f"stays small ({default('tau')})")
+    add("--lambda-u", type=float,
+        help=f"weight of L_u in Eq. 1; lower it if mIoU falls as L_u grows ({default('lambda_u')})")
+    add("--ema", type=float,
+        help=f"alpha of Eq. 2; 0.98 to 0.99 for runs under 1,000 iterations ({default('ema')})")
+    add("--ohem", action="store_true",
+        help="online hard example mining in L_x (authors, Cityscapes)")
     add("--ignore-background", action="store_true",
         help="class 0 weighs nothing in wIoU, as in the authors' code")
-    add("--aux", action="store_true", help="auxiliary head on stage 3, weight 0.4 (authors, Cityscapes)")
-    add("--ohem", action="store_true", help="online hard example mining (authors, Cityscapes)")
-    add("--tau", type=float, help="confidence that a pixel needs to supervise; lower it if the "
-                                  "confident share in the log stays small")
-    add("--lambda-u", type=float, help="weight of L_u in Eq. 1")
-    add("--ema", type=float, help="alpha of Eq. 2; 0.98 to 0.99 for runs under 1,000 iterations")
-    add("--lr", type=float, help="of the decoder, at the start")
-    add("--encoder-lr", type=float, help="of the encoder (default: the data set's; --lr if the "
-                                         "encoder starts at random)")
-    add("--weight-decay", type=float)
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=int, help="passes over the unlabelled images")
-    length.add_argument("--iters", type=int, help="iterations, instead of epochs")
-    add("--eval-every", type=int, metavar="EPOCHS", help="validate the teacher every so many epochs")
+    reading = method.add_mutually_exclusive_group()
+    reading.add_argument("--as-printed", action="store_true",
+        help="Eq. 8 and 9 literally (README, R1 and R2)")
+    reading.add_argument("--as-released", action="store_true",
+        help="as the authors' code: --ignore-background, --multi-grid, no term for a CutMix that does "
+             "not fire; on cityscapes --ohem and --aux too")
+
+    optimisation = parser.add_argument_group("optimisation")
+    add = optimisation.add_argument
+    add("--batch-size", type=int,
+        help=f"labelled images an iteration, and as many unlabelled ones, over all GPUs together "
+             f"({default('batch_size')})")
+    add("--accumulate", type=int, default=1, metavar="N",
+        help="split each GPU's part of the batch into N to fit its memory; pairs and CutMix stay those "
+             "of the whole batch")
+    add("--lr", type=float,
+        help=f"of the decoder, at the start ({default('lr')})")
+    add("--encoder-lr", type=float,
+        help=f"of the encoder ({default('encoder_lr')}; --lr if the encoder starts at random)")
+    add("--weight-decay", type=float,
+        help=default("weight_decay"))
+    length = optimisation.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=int,
+        help=f"passes over the unlabelled images ({default('epochs')})")
+    length.add_argument("--iters", type=int,
+        help="iterations, instead of epochs")
     add("--amp", action=argparse.BooleanOptionalAction, default=None,
-        help="bf16 autocast (default: on GPUs that have bf16)")
-    add("--workers", type=int, default=None, help="loader processes a GPU (default: 4, or 0 on a CPU)")
-    add("--seed", type=int, default=0, help="everything that is random follows from it")
-    add("--log-every", type=int, default=10, metavar="N", help="a line in metrics.jsonl every N "
-                                                               "iterations")
-    add("--checkpoint-every", type=int, default=200, metavar="N", help="last.pth every N iterations")
-    add("--out", help="folder of the run (default: runs/DATASET-SPLIT-METHOD)")
+        help="bf16 autocast (default: on GPUs that have bf16); on a CPU it pays with bf16 instructions")
+
+    add = parser.add_argument_group("run").add_argument
+    add("--out",
+        help="folder of the run (default: runs/DATASET-SPLIT-METHOD)")
+    add("--seed", type=int, default=0,
+        help="everything that is random follows from it")
+    add("--workers", type=int,
+        help="loader processes of a rank (default: its cores, at most 12; on a CPU 0)")
+    add("--eval-every", type=int, metavar="EPOCHS",
+        help=f"validate the teacher every so many epochs ({default('eval_every')})")
+    add("--log-every", type=int, default=10, metavar="N",
+        help="a line in metrics.jsonl every N iterations (default: 10)")
+    add("--checkpoint-every", type=int, metavar="N",
+        help="last.pth every N iterations (default: 2,000 on a GPU, 200 on a CPU)")
     args = parser.parse_args(argv)
 
     protocol = PROTOCOLS[args.dataset]
@@ -357,13 +407,21 @@ def parse_arguments(argv=None):
         if value is None and hasattr(protocol, name):
             setattr(args, name, getattr(protocol, name))
     args.scale, args.window = list(args.scale), protocol.window
-    args.out = args.out or (f"runs/{args.dataset}-{Path(args.split or 'all').stem}-"
-                            f"{'supervised' if args.supervised else 'hagseg'}")
+    if args.as_released:
+        args.ignore_background = args.multi_grid = True
+        args.ohem, args.aux = (flag or args.dataset == "cityscapes" for flag in (args.ohem, args.aux))
+    reading = next((name for name in ("supervised", "as_printed", "as_released") if getattr(args, name)),
+                  "hagseg").replace("_", "-")
+    args.out = args.out or f"runs/{args.dataset}-{Path(args.split or 'all').stem}-{reading}"
     args.cuda = torch.cuda.is_available()
-    if args.amp is None:
-        args.amp = args.cuda and torch.cuda.is_bf16_supported()
+    if args.amp is None:  # emulated, it crawls
+        args.amp = args.cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     if args.workers is None:
-        args.workers = 4 if args.cuda else 0
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        args.workers = min(max(cores // ranks_here, 1), 12) if args.cuda else 0
+    if args.checkpoint_every is None:
+        args.checkpoint_every = 2000 if args.cuda else 200
     check_arguments(args)
     return args
 
