@@ -19,6 +19,7 @@ import sys
 import tarfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
@@ -46,7 +47,6 @@ from data import (
     short_list,
     split_ids,
     stems,
-    unreadable,
     voc_palette,
 )
 
@@ -54,6 +54,7 @@ TRAINING_IDS = 10582  # VOC train and all of SBD, without VOC val
 TIMEOUT = 60  # seconds for which a server may say nothing
 AGAIN = "run the same command again"
 CODE = np.array([1 << 16, 1 << 8, 1])  # of a colour
+SYSTEM_FILES = ("Thumbs.db", "desktop.ini")
 LOSSLESS = (".tif", ".tiff", ".bmp", ".gif", ".npy")  # masks that --convert reads beside PNGs
 MASK_WORDS = re.compile(r"(?:[-_. ]*(?:masks?|labels?\w*|gt\w*|seg\w*|annot\w*|png|jpe?g))+$", re.I)
 IMAGE_WORDS = re.compile(r"(?:[-_. ]*(?:img|images?|photo|rgb|sat))+$", re.I)
@@ -62,7 +63,7 @@ IMAGE_WORDS = re.compile(r"(?:[-_. ]*(?:img|images?|photo|rgb|sat))+$", re.I)
 @dataclass
 class Findings:
     """What a check found: lines that refuse a run, the most telling one first; lines that are only said;
-    the pixels of each id in the mask of each image, (256 or more,), and the longer side of each image."""
+    how many pixels of the mask of each image hold each id, (256 or more,); each image's longer side."""
     problems: list = field(default_factory=list)
     notes: list = field(default_factory=list)
     pixels: dict = field(default_factory=dict)
@@ -78,7 +79,7 @@ def check_data(data, labelled, unlabelled, supervised=False):
                               f"{short_list(both)}; keep each in one list")
     if not found.problems:
         check_classes(data, labelled, found)
-    of_masks, of_photographs = unused(data, found.pixels)
+    of_masks, of_photographs = unused(data, found.pixels) if data.folders else ([], [])
     lacks, lines = None, of_photographs + of_masks
     if not data.images:
         lacks = f"{data.folders[0] if data.folders else data.root}: no photographs in it; put them there"
@@ -92,52 +93,54 @@ def check_data(data, labelled, unlabelled, supervised=False):
     elif not unlabelled and not supervised:
         lacks = (f"no unlabelled image is left; add images without masks, train with --supervised, or leave "
                  f"the masks of half of them out: {data.command('train.py', '--split', '1_2')}")
-    if lacks:
-        found.problems += [*lines, lacks]
+    found.problems += [*lines, lacks] if lacks else []
     found.notes = data.notes + found.notes + ([] if lacks else lines)
     return found
 
 
 def check_files(data, masked, unmasked=()):
     """Reads the headers and ends of images, and the masks of those in `masked`. Returns Findings."""
-    found, lines, palettes, with_mask = Findings(), [], {}, {*masked}
+    found, lines, palettes, with_mask = Findings(), {}, {}, {*masked}
     everything = sorted({*masked, *unmasked})
-    for names, text in (([n for n in everything if n not in data.images], "listed images are missing: {}; "
-                         "complete the data set or fix the list"),
-                        ([n for n in masked if n not in data.masks], "images of the labelled or validation "
-                         "list have no mask: {}; add their masks or take them off the list")):
-        if names:
-            found.problems.append(f"{len(names)} {text.format(short_list(names))}")
+    absent = [name for name in everything if name not in data.images]
+    bare = [name for name in masked if name not in data.masks]
+    if absent:
+        found.problems.append(f"{len(absent)} listed images are missing: {short_list(absent)}; complete the "
+                              f"data set or fix the list")
+    if bare:
+        found.problems.append(f"{len(bare)} images of the labelled or validation list have no mask: "
+                              f"{short_list(bare)}; add their masks or take them off the list")
 
     def look(name):
-        said, side, pixels, palette = [], 0, None, None
+        said, side, pixels, palette = None, 0, None, None
         try:
             image = data.image(name)
             side = max(image.size)
             demand_whole(image, data.images[name])
             if name in with_mask and name in data.masks:
                 labels, palette = data.labels(name)
-                pixels = np.bincount(labels.ravel(), minlength=256)
+                pixels = (np.array(Image.fromarray(labels).histogram()) if labels.dtype == np.uint8 else
+                          np.bincount(labels.ravel(), minlength=256))  # five times slower
                 if labels.shape[::-1] != image.size:
-                    said = [f"{data.masks[name]}: {labels.shape[1]} x {labels.shape[0]} pixels, but its "
+                    said = (f"{data.masks[name]}: {labels.shape[1]} x {labels.shape[0]} pixels, but its "
                             f"image (upright, as its EXIF says) has {image.width} x {image.height}; "
-                            f"export the mask again"]
+                            f"export the mask again")
         except InputError as error:
-            said = [str(error)]
+            said = str(error)
         return name, said, side, pixels, palette
 
     with ThreadPoolExecutor() as pool:
         for name, said, side, pixels, palette in pool.map(look, (n for n in everything if n in data.images)):
-            lines += said
             found.sides.append(side)
+            if said:  # one line for all files that have the same remedy
+                lines.setdefault(said.rpartition("; ")[2], []).append(said)
             if pixels is not None:
-                found.pixels[name], palettes[name] = pixels, palette or ()
-    groups = {}  # one line for all files that have the same remedy
-    for line in lines:
-        groups.setdefault(line.rpartition("; ")[2], []).append(line)
-    found.problems += [line if not more else f"{line.removesuffix('; ' + remedy)} (and {len(more)} more); "
-                                             f"{remedy}" for remedy, (line, *more) in groups.items()]
-    found.problems += strange_ids(data, found.pixels) + clashing_palettes(data, found.pixels, palettes)
+                found.pixels[name], palettes[name] = pixels, palette
+    for remedy, (said, *more) in lines.items():
+        found.problems.append(
+            f"{said.removesuffix('; ' + remedy)} (and {len(more)} more); {remedy}" if more else said)
+    check_ids(data, found)
+    check_palettes(data, palettes, found)
     return found
 
 
@@ -156,94 +159,96 @@ def demand_whole(image, path):
 
 
 def check_classes(data, labelled, found):
-    """Add to `found` what the masks cannot teach or measure."""
+    """Add what the masks cannot teach or measure: too few classes, or none of some class."""
     absent = {}
     for part, names in (("labelled", labelled), ("validation", data.val)):
         pixels = sum((found.pixels[name] for name in names), np.zeros(256, int))
-        held = [label for label, count in zip(data.classes, pixels, strict=False) if count]
-        absent[part] = [label for label in data.classes if label not in held]
+        held = [label for label, count in zip(data.classes, pixels) if count]
+        absent[part] = [label for label in data.classes if label not in held and names]
         if names and len(held) < (2 if part == "labelled" else 1):
             found.problems.append(
-                f"the {part} masks, {data.masks[names[0]]} for one, hold {held[0] if held else 'nothing'} alone"
-                + (f", beside {IGNORE}, which is ignored" if pixels[IGNORE] else "") + "; "
-                + ((data.conversion() if held and pixels[IGNORE] else "") or "add masks of other classes"))
+                f"the {part} masks, {data.masks[names[0]]} for one, hold {held[0] if held else 'nothing'} "
+                f"alone" + f", beside {IGNORE}, which is ignored" * bool(pixels[IGNORE]) + "; " + (
+                    data.conversion() * bool(held and pixels[IGNORE]) or "add masks of other classes"))
             return
-    if labelled and absent["labelled"]:
-        found.notes.append(f"no labelled mask holds {short_list(absent['labelled'])}: it will not be learnt")
     unmeasured = [label for label in absent["validation"] if label not in absent["labelled"]]
-    if data.val and unmeasured:
-        found.notes.append(f"no validation mask holds {short_list(unmeasured)}: it is not in the mean IoU")
+    for part, names, so in (("labelled", absent["labelled"], "will not be learnt"),
+                            ("validation", unmeasured, "is not in the mean IoU")):
+        if names:
+            found.notes.append(f"no {part} mask holds {short_list(names)}, which {so}")
 
 
-def strange_ids(data, pixels):
-    """[a line], if masks hold ids that no class has."""
-    C, held = len(data.classes), {name: np.flatnonzero(counts) for name, counts in pixels.items()}
-    strange = {name: ids[(ids >= C) & (ids != IGNORE)] for name, ids in held.items()}
-    files = [data.masks[name] for name, ids in strange.items() if len(ids)]
+def check_ids(data, found):
+    """Add a line if masks hold ids that no class has."""
+    C = len(data.classes)
+    strange = {name: np.flatnonzero(counts[C:]) + C for name, counts in found.pixels.items()}
+    files = [data.masks[name] for name, ids in strange.items() if {*ids} - {IGNORE}]
     if not files:
-        return []
-    ids = np.unique(np.concatenate([*strange.values()]))
-    text = (f"{files[0]}" + f" (and {len(files) - 1} more)" * (len(files) > 1)
-            + f": holds the ids {short_list(ids)}, but there are {C} classes (0 to {C - 1}); ")
+        return
+    ids = np.setdiff1d(np.concatenate([*strange.values()]), IGNORE)
     names_file = data.root / "class_names.txt"
     if data.dataset != "custom":
-        return [text + "replace the mask"]
-    if [*ids] == [C]:
-        none = "" if any(counts[0] for counts in pixels.values()) else "no mask holds 0, and "
-        return [text + f"{none}ids count from 0: if 0 is a class too, write its name as the first line of "
-                       f"{names_file}; if it is what nobody annotated, {data.conversion()}"]
-    return [text + f"if these are class ids, write a name for each id, from 0, into {names_file}; if they are "
-                   f"grey levels or colours, {data.conversion()}"]
+        remedy = "replace the mask"
+    elif [*ids] == [C]:
+        remedy = ("no mask holds 0, and " * all(not counts[0] for counts in found.pixels.values())
+                  + f"ids count from 0: if 0 is a class too, write its name as the first line of "
+                    f"{names_file}; if it is what nobody annotated, {data.conversion()}")
+    else:
+        remedy = (f"if these are class ids, write a name for each id, from 0, into {names_file}; if they are "
+                  f"grey levels or colours, {data.conversion()}")
+    more = f" (and {len(files) - 1} more)" if len(files) > 1 else ""
+    found.problems.append(f"{files[0]}{more}: holds the ids {short_list(ids)}, but there are {C} classes "
+                          f"(0 to {C - 1}); {remedy}")
 
 
-def clashing_palettes(data, pixels, palettes):
-    """[a line], if two index PNGs give an id that both hold different colours."""
+def check_palettes(data, palettes, found):
+    """Add a line if two index PNGs give an id that both hold different colours."""
     shades = {}  # id -> its colour, and the first mask that says so
     for name, palette in palettes.items():
-        for i in np.flatnonzero(pixels[name][:IGNORE]) if palette else ():
+        for i in np.flatnonzero(found.pixels[name][:IGNORE]) if palette else ():
             colour = tuple(palette[3 * i:3 * i + 3])
             before, path = shades.setdefault(i, (colour, data.masks[name]))
             if before != colour:
-                return [f"{path} and {data.masks[name]}: the id {i} is {before} in the one and {colour} in "
-                        f"the other; {data.conversion('replace one')}"]
-    return []
+                found.problems.append(f"{path} and {data.masks[name]}: the id {i} is {written(before)} in the "
+                                      f"one and {written(colour)} in the other; {data.conversion('replace one')}")
+                return
 
 
 def unused(data, pixels):
     """What lies in an own folder and is not used, or not as it seems to be meant: lines about masks, and
-    lines about photographs, each with a count, an example, and what to do."""
-    if not data.folders:
-        return [], []
+    lines about photographs, each with an example, a count, and what to do."""
     photographs, mask_folder = data.folders
     owners = {IMAGE_WORDS.sub("", name).lower(): name for name in sorted(data.images, key=len, reverse=True)}
 
-    def owner(stem):  # the image whose mask it seems to be
+    def owner(stem):  # the image whose mask a file of this stem seems to be
         return owners.get(MASK_WORDS.sub("", stem).lower())
 
-    of_masks, of_photographs, groups = [], [], {}
-    strays = sorted(data.masks.keys() - data.images.keys(), key=lambda name: (not owner(name), name))
-    copies = [name for name, path in data.images.items()
-              if path.suffix.lower() == ".png" and owner(name) not in (None, name)]
-    left_out = sorted(data.images.keys() - {*data.train, *data.val})
-    blank = [name for name in pixels if np.count_nonzero(pixels[name][:IGNORE]) == 1]
-    if copies:
-        of_masks.append(f"{data.images[copies[0]]}: {len(copies)} files like this one look like masks, and are "
-                        f"read as photographs; if they are masks, move them into {mask_folder}/, this one as "
-                        f"{owner(copies[0])}.png, and the others likewise")
-    if strays:
-        call = f": call it {owner(strays[0])}.png, and the others likewise" if owner(strays[0]) else ""
-        of_masks.append(f"{data.masks[strays[0]]}: {len(strays)} masks like this one have no image of their "
-                        f"name; a mask needs the stem of its image{call}")
-    if blank:
-        of_photographs.append(f"{data.masks[blank[0]]}: {len(blank)} masks like this one hold one class alone; "
-                              f"if nobody annotated these, remove them: their images are unlabelled then")
-    if left_out:
-        of_photographs.append(f"{data.root / 'ImageSets/Segmentation'}: its lists leave out {len(left_out)} "
-                              f"photographs ({left_out[0]} for one); to train on them, add them to train.txt")
-    used = {*data.images.values(), *data.masks.values()}
+    def line(names, files, text):
+        first = f"{files[names[0]]}: {len(names)} " if names else ""
+        return [first + text.replace("OWNER", str(owner(names[0])))] if names else []
+
+    strays = sorted(data.masks.keys() - data.images.keys())
+    of_masks = [
+        *line([name for name, path in data.images.items()
+               if path.suffix.lower() == ".png" and owner(name) not in (None, name)], data.images,
+              f"files like this one look like masks, and are read as photographs; if they are masks, move "
+              f"them into {mask_folder}/, this one as OWNER.png, and so on"),
+        *line([name for name in strays if owner(name)], data.masks,
+              "masks like this one have no image of their name; a mask needs the stem of its image: call "
+              "this one OWNER.png, and so on"),
+        *line([name for name in strays if not owner(name)], data.masks,
+              "masks like this one have no image of their name; a mask needs the stem of its image")]
+    of_photographs = [
+        *line([name for name in pixels if np.count_nonzero(pixels[name][:IGNORE]) == 1], data.masks,
+              "masks like this one hold one class alone; if nobody annotated these, remove them, and their "
+              "images are unlabelled"),
+        *line(sorted(data.images.keys() - {*data.train, *data.val}), data.images,
+              "photographs like this one are on no list in ImageSets/Segmentation; to train on them, add "
+              "them to its train.txt")]
+    groups, used = {}, {*data.images.values(), *data.masks.values()}
     for path in sorted(data.root.rglob("*")):
-        if (path not in used and path.is_file() and path.name not in ("Thumbs.db", "desktop.ini")
-                and not any(part.startswith(".") for part in path.relative_to(data.root).parts)):
+        hidden = any(part.startswith(".") for part in path.relative_to(data.root).parts)
+        if not hidden and path not in used and path.is_file() and path.name not in SYSTEM_FILES:
             groups.setdefault((path.parent, path.suffix.lower()), []).append(path)
     for (folder, suffix), paths in groups.items():
         among_images = photographs in (folder, *folder.parents)
@@ -261,20 +266,21 @@ def unused(data, pixels):
                 "if they are photographs, convert them to JPEG" if suffix else
                 "if they are photographs, give them a suffix such as .jpg")
         if paths and (among_images or among_masks or suffix in {*IMAGE_SUFFIXES, ".heic", ".heif"}):
-            lines.append(f"{folder}: {len(paths)} files {suffix or 'without suffix'} ({paths[0].name} for one) "
-                         f"are not read; {remedy}")
-    return of_masks[:3] + outdated(data), of_photographs[:3]
+            lines.append(f"{folder}: {len(paths)} files {suffix or 'without suffix'} ({paths[0].name} for "
+                         f"one) are not read; {remedy}")
+    if mask_folder.name == MASK_FOLDERS[0]:
+        of_masks.extend(outdated(data, mask_folder))
+    return of_masks[:4], of_photographs[:4]
 
 
-def outdated(data):
+def outdated(data, final):
     """[a line], if a mask is newer than what --convert made of it."""
-    final = data.folders[1]
-    for name, path in originals(data.root)[1].items() if final.name == MASK_FOLDERS[0] else ():
+    for name, path in originals(data.root)[1].items():
         made = final / f"{name}.png"
         if path.stat().st_mtime > (made if made.exists() else final).stat().st_mtime:
-            return [f"{path}: newer than {final}; if it has changed, convert the masks anew: "
-                    f"{shlex.join(['mv', str(final), f'{final}.old'])} && "
-                    f"{data.command('prepare.py', '--convert')}"]
+            again = f"{shlex.join(['mv', str(final), f'{final}.old'])} && " + data.command(
+                "prepare.py", "--convert")
+            return [f"{path}: newer than {final}; if it has changed, convert the masks anew: {again}"]
     return []
 
 
@@ -285,7 +291,6 @@ def download_voc(root):
     A VOC 2012 where open_voc looks for it, benchmark_RELEASE/ and the two archives in `root` are
     used if they are there.
     """
-    root = Path(root)
     folder, url, file, md5 = (DATASET_YEAR_DICT["2012"][key]
                               for key in ("base_dir", "url", "filename", "md5"))
     voc = next((root / parent for parent in (".", "VOC2012", "VOCdevkit/VOC2012", "..")
@@ -294,8 +299,8 @@ def download_voc(root):
         try:
             from scipy.io import loadmat
         except ImportError:
-            raise InputError("--download: reading SBD's .mat masks needs scipy; pip install scipy, "
-                             f"and {AGAIN}") from None
+            raise InputError(f"--download: reading SBD's .mat masks needs scipy; pip install scipy, and "
+                             f"{AGAIN}") from None
         voc = voc or unpacked(root, folder, url, file, md5)
         make_blended_masks(voc, root, loadmat)
     lists, masks = voc / "ImageSets" / "Segmentation", voc / "SegmentationClassAug"
@@ -311,8 +316,7 @@ def make_blended_masks(voc, root, loadmat):
     demand(voc, lists)
     train, val = (read_list(voc / file) for file in lists)
     demand(voc, [f"SegmentationClass/{name}.png" for name in train + val])
-    sbd = unpacked(root, "benchmark_RELEASE", SBDataset.url, SBDataset.filename,
-                   SBDataset.md5) / "dataset"
+    sbd = unpacked(root, "benchmark_RELEASE", SBDataset.url, SBDataset.filename, SBDataset.md5) / "dataset"
     demand(sbd, ["train.txt", "val.txt"])
     ids = sorted({*train, *read_list(sbd / "train.txt"), *read_list(sbd / "val.txt")} - {*val})
     demand_count(ids, sbd)
@@ -326,11 +330,9 @@ def make_blended_masks(voc, root, loadmat):
         if (part / f"{name}.png").exists():
             continue
         path = own.get(name, sbd / "cls" / f"{name}.mat")
-        try:
-            labels = (np.array(Image.open(path)) if name in own
-                      else loadmat(path)["GTcls"]["Segmentation"][0, 0])
-        except Exception as error:  # scipy has a dozen kinds of them for a damaged file
-            raise InputError(unreadable(path, error)) from None
+        with reading(path):  # scipy has a dozen kinds of errors for a damaged file
+            labels = np.array(Image.open(path)) if name in own else loadmat(path)["GTcls"][
+                "Segmentation"][0, 0]
         if labels.ndim != 2 or ((labels > 20) & (labels != IGNORE)).any():
             raise InputError(f"{path}: not a map of VOC's 21 classes; replace it, and {AGAIN}")
         write_png(labels, voc_palette(21), part / f"{name}.png")
@@ -342,14 +344,14 @@ def make_blended_masks(voc, root, loadmat):
 def demand(folder, files):
     missing = [file for file in files if not (folder / file).is_file()]
     if missing:
-        raise InputError(f"{folder}: incomplete, without {short_list(missing)}; complete it, or "
-                         f"move it away, and {AGAIN}")
+        raise InputError(f"{folder}: incomplete, without {short_list(missing)}; complete it, or move it "
+                         f"away, and {AGAIN}")
 
 
 def demand_count(ids, source):
     if len(ids) != TRAINING_IDS:
-        raise InputError(f"{source}: gives {len(ids)} training ids, but the protocol has "
-                         f"{TRAINING_IDS}; move that folder away, and {AGAIN}")
+        raise InputError(f"{source}: gives {len(ids)} training ids, but the protocol has {TRAINING_IDS}; "
+                         f"move that folder away, and {AGAIN}")
 
 
 def unpacked(root, folder, url, filename, md5):
@@ -371,8 +373,8 @@ def unpacked(root, folder, url, filename, md5):
         os.replace(part / folder, target)
     except (OSError, tarfile.TarError, EOFError, zlib.error) as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"{archive}: cannot be unpacked ({reason}); make room, or remove it if "
-                         f"damaged, and {AGAIN}") from None
+        raise InputError(f"{archive}: cannot be unpacked ({reason}); make room, or remove it if damaged, and "
+                         f"{AGAIN}") from None
     shutil.rmtree(part, ignore_errors=True)
     return target
 
@@ -390,8 +392,8 @@ def fetch(url, archive, md5):
     except (OSError, HTTPException, RecursionError) as error:  # the last: redirects without end
         raise InputError(f"{url}: cannot be fetched ({error}); {remedy}") from None
     except RuntimeError:  # the checksum
-        raise InputError(f"{archive}: truncated, or another file, as {url} gave it (its md5 is not "
-                         f"{md5}); {remedy}") from None
+        raise InputError(f"{archive}: truncated, or another file, as {url} gave it (its md5 is not {md5}); "
+                         f"{remedy}") from None
     finally:
         socket.setdefaulttimeout(None)
 
@@ -435,15 +437,15 @@ def convert_masks(root):
     known = list(dict.fromkeys(label for label in labels.values() if label != "ignore"))
     if "background" not in known:
         labels.setdefault((0, 0, 0), "ignore")
-    strange = [colour for colour in found if colour not in labels]
+    strange = sorted(found.keys() - labels.keys())
     unnamed = [label for label in known if names and label not in names]
     names = names or known
     if strange:
         raise InputError(f"{found[strange[0]][1]}: holds colours that {label_map} has not: "
-                         f"{short_list(strange)}; add them there, and {AGAIN}")
+                         f"{short_list(map(written, strange))}; add them there, and {AGAIN}")
     if unnamed:
-        raise InputError(f"{names_file}: has not {short_list(unnamed)}, which {label_map} has; make them agree, "
-                         f"or remove {names_file}, and {AGAIN}")
+        raise InputError(f"{names_file}: has not {short_list(unnamed)}, which {label_map} has; make them "
+                         f"agree, or remove {names_file}, and {AGAIN}")
     if len(names) < 2:
         raise InputError(f"{label_map}: one class alone; add a line for the rest, such as background:0,0,0, "
                          f"and {AGAIN}")
@@ -453,8 +455,8 @@ def convert_masks(root):
             ids[colour @ CODE], palette[names.index(label)] = names.index(label), colour
     total = sum(count for count, _ in found.values())
     for colour, (count, path) in sorted(found.items(), key=lambda item: -item[1][0]):
-        print(f"{colour!s:15} -> {ids[colour @ CODE]:3} {labels[colour]:20} {count / total:7.2%} of the pixels, "
-              f"{path.name} for one")
+        print(f"{written(colour):13} -> {ids[colour @ CODE]:3} {labels[colour]:20} {count / total:7.2%} of the "
+              f"pixels, {path.name} for one")
 
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
@@ -469,6 +471,10 @@ def convert_masks(root):
     shutil.rmtree(final, ignore_errors=True)  # all of it is in `part` too
     os.replace(part, final)
     print(f"{final}: {len(masks)} masks, of the {len(names)} classes in {names_file}")
+
+
+def written(colour):
+    return f"({','.join(map(str, colour))})"
 
 
 def coloured(path):
@@ -508,11 +514,12 @@ def ask_for_names(path, folder, colours, names):
     chosen = sorted(colours) if len(colours) <= len(names) else sorted(largest[:len(names)])
     proposed = dict(zip(chosen, names, strict=False))
     total = sum(count for count, _ in colours.values())
-    lines = [f"# {colours[c][0] / total:.2%} of the pixels, {colours[c][1].name} for one\n"
-             f"{proposed.get(c, 'ignore' if names else '?')}:{c[0]},{c[1]},{c[2]}::\n" for c in sorted(colours)]
+    lines = [f"# {count / total:.2%} of the pixels, {file.name} for one\n"
+             f"{proposed.get((r, g, b), 'ignore' if names else '?')}:{r},{g},{b}::\n"
+             for (r, g, b), (count, file) in sorted(colours.items())]
     path.write_text("".join(["# label:color_rgb:parts:actions\n", *lines]), "utf-8")
-    raise InputError(f"{path}: written, with the {len(colours)} colours of {folder}; put the right name before "
-                     f"each (ignore, if it is no class), and {AGAIN}")
+    raise InputError(f"{path}: written, with the {len(colours)} colours of {folder}; put the right name "
+                     f"before each (ignore, if it is no class), and {AGAIN}")
 
 
 def read_label_map(path):
@@ -566,30 +573,25 @@ def main(argv=None):
         print(f"{args.dataset}: {len(data.images)} images, {len(data.masks)} masks; {len(data.train)} "
               f"for training, {len(data.val)} for validation")
         for split in SPLITS:
-            try:
+            with suppress(InputError):  # of an incomplete data set
                 labelled, unlabelled = split_ids(data, args.dataset, split)
-            except InputError as error:
-                print(error)
-                continue
-            print(f"--split {split:5} {len(labelled):6} labelled {len(unlabelled):6} unlabelled")
+                print(f"--split {split:5} {len(labelled):6} labelled {len(unlabelled):6} unlabelled")
         labelled, unlabelled = split_ids(data, args.dataset, args.split or protocol.split)
         print(f"as given      {len(labelled):6} labelled {len(unlabelled):6} unlabelled")
         found = check_data(data, labelled, unlabelled)
-        for line in found.notes:
-            print(line)
-        for line in found.problems:
-            print(line, file=sys.stderr)
+        print(*found.notes, sep="\n", end="\n" * bool(found.notes))
         if found.problems:
+            print(*found.problems, sep="\n", file=sys.stderr)
             sys.exit(2)
-        pixels = sum(found.pixels[name] for name in labelled)
+        pixels = sum(found.pixels[name][:256] for name in labelled)
         for c, label in enumerate(data.classes):
             print(f"{c:4} {label:20} {pixels[c] / pixels[:IGNORE].sum():7.2%} of the labelled pixels")
         print(f" 255 {'ignored':20} {pixels[IGNORE] / pixels.sum():7.2%} of all pixels")
-        side, crop = median(found.sides), protocol.crop_size
+        side, crop = round(median(found.sides)), protocol.crop_size
         if side > 3 * crop:
             options = ["--split", args.split] * bool(args.split) + ["--image-size", str(2 * crop)]
-            print(f"the photographs ({side:.0f} pixels) are much larger than the crop ({crop}), which sees little "
-                  f"of them; smaller, {data.command('train.py', *options)}")
+            print(f"the photographs, of {side} pixels, are much larger than the crop, of {crop}, which would "
+                  f"see little of them; smaller: {data.command('train.py', *options)}")
     except (InputError, OSError) as error:
         print(f"prepare.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -123,7 +123,7 @@ def check_prepared(root):
         with Image.open(path) as picture:
             assert picture.mode == "P" and np.array_equal(picture, expected), name
             assert picture.getpalette()[:6] == [0, 0, 0, 128, 0, 0]
-    assert prepare.problems(voc, voc.train, []) == []
+    assert prepare.check_data(voc, voc.train, [], supervised=True).problems == []
     assert data.open_data("voc_classic", root).labelled == TRAIN
     assert not list(root.rglob("*.part"))
 
@@ -392,7 +392,7 @@ def contents(root):
 
 def conversion_refused(root, *words):
     with pytest.raises(data.InputError) as caught:
-        prepare.convert_colour_masks(root)
+        prepare.convert_masks(root)
     assert "\n" not in str(caught.value)
     for word in words:
         assert str(word) in str(caught.value)
@@ -403,7 +403,7 @@ def test_colours_become_ids(tmp_path):
     with pytest.raises(data.InputError, match="--convert"):
         data.open_data("custom", root)
     before = contents(root)
-    prepare.convert_colour_masks(root)
+    prepare.convert_masks(root)
     assert {path: path.read_bytes() for path in before} == before  # the export is as it was
     assert sorted(path.name for path in contents(root).keys() - before.keys()) == [
         "a.png", "b.png", "c.png", "class_names.txt"]
@@ -416,7 +416,7 @@ def test_colours_become_ids(tmp_path):
     custom = data.open_data("custom", root)
     assert custom.classes == ["background", "road: main", "car"]
     assert sorted(custom.labelled + custom.val) == ["a", "b", "c"] and "d" in custom.train
-    assert prepare.problems(custom, custom.labelled, ["d"]) == []
+    assert prepare.check_data(custom, custom.labelled, ["d"]).problems == []
 
 
 @pytest.mark.parametrize("label_map, black", [
@@ -425,7 +425,7 @@ def test_colours_become_ids(tmp_path):
     ("car:0,0,142::\nroad:128,64,128::\nasphalt:0,0,0::\n", 2)])
 def test_what_black_is(tmp_path, label_map, black):
     root = cvat_export(tmp_path, label_map)
-    prepare.convert_colour_masks(root)
+    prepare.convert_masks(root)
     labels = converted(root)
     assert (labels[IDS == 0] == black).all()
     assert (labels[IDS == 2] == 0).all()
@@ -454,22 +454,22 @@ def test_conversion_stopped_and_run_again(tmp_path, monkeypatch):
         root = cvat_export(tmp_path / str(calls))
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
             stop_after(patch, prepare.os, "replace", calls)
-            prepare.convert_colour_masks(root)
+            prepare.convert_masks(root)
         with pytest.raises(data.InputError, match="--convert"):
             data.open_data("custom", root)
-        prepare.convert_colour_masks(root)
+        prepare.convert_masks(root)
         assert sorted(data.stems(root / "SegmentationClassIds")) == ["a", "b", "c"]
         assert not list(root.rglob("*.part"))
 
 
 def test_conversion_again_adds_what_is_new(tmp_path):
     root = cvat_export(tmp_path)
-    prepare.convert_colour_masks(root)
+    prepare.convert_masks(root)
     before = contents(root)
-    prepare.convert_colour_masks(root)
+    prepare.convert_masks(root)
     assert contents(root) == before
     shutil.copy(root / "SegmentationClass" / "a.png", root / "SegmentationClass" / "d.png")
-    prepare.convert_colour_masks(root)
+    prepare.convert_masks(root)
     assert set(contents(root)) - set(before) == {root / "SegmentationClass" / "d.png",
                                                  root / "SegmentationClassIds" / "d.png"}
     assert np.array_equal(converted(root, "d"), IDS)
@@ -478,10 +478,10 @@ def test_conversion_again_adds_what_is_new(tmp_path):
 def test_nothing_is_overwritten(tmp_path):
     root = cvat_export(tmp_path)
     (root / "class_names.txt").write_text("car\nroad: main\n")
-    conversion_refused(root, root / "class_names.txt", "labelmap.txt", "move it away")
+    conversion_refused(root, root / "class_names.txt", "has not background", "labelmap.txt")
     assert (root / "class_names.txt").read_text() == "car\nroad: main\n"
     (root / "class_names.txt").write_bytes(b"background\r\nroad: main\r\ncar")  # from Windows
-    prepare.convert_colour_masks(root)
+    prepare.convert_masks(root)
     edited = root / "SegmentationClassIds" / "b.png"
     index_png(1 - IDS // 2, edited)
     before = edited.read_bytes()
@@ -497,7 +497,7 @@ def test_a_label_map_that_cannot_be_used(tmp_path, label_map):
 
 
 def test_what_is_no_export(tmp_path):
-    conversion_refused(tmp_path, tmp_path / "labelmap.txt", "Segmentation mask 1.1")
+    conversion_refused(tmp_path, tmp_path, "no masks to convert in SegmentationClass/, ")
     root = cvat_export(tmp_path / "cvat")
     (root / "SegmentationClass" / "a.png").write_bytes(b"no image")
     conversion_refused(root, root / "SegmentationClass" / "a.png", "cannot be read")
