@@ -546,27 +546,39 @@ def stack_items(items):
 def training_batches(draws, slots, start, stop, workers, pin_memory=False):
     """Iterates over the batches of iterations start..stop-1: of their items, those in `slots`."""
     keys = ([(iteration, slot) for slot in slots] for iteration in range(start, stop))
-    return loaded(draws, workers, batch_sampler=keys, pin_memory=pin_memory, collate_fn=stack_items)
+    return loaded(make_loader(draws, workers, batch_sampler=keys, pin_memory=pin_memory,
+                              collate_fn=stack_items))
 
 
-def loaded(dataset, workers, **options):
-    """Yields what DataLoader(dataset, num_workers=workers, **options) does. Its processes end with the
-    generator, and until then leave Ctrl-C and SIGTERM to the process that they load for. Raises the
-    InputError of an item as one line.
+def make_loader(dataset, workers, **options):
+    """DataLoader(dataset, num_workers=workers, **options), for loaded().
 
-    Under DDP they are spawned, as its documentation asks: a fork beside the threads of gloo can
-    inherit a lock of Python's that nobody there lets go of, and hang. Spawned, they import the script,
-    which so needs its `if __name__ == "__main__"`.
+    Beside other ranks its processes are spawned, as DDP's documentation asks: a fork beside the threads
+    of gloo can inherit a lock of Python's that nobody there lets go of, and hang. Spawned, they import
+    the script, which so needs its `if __name__ == "__main__"`.
     """
-    context = "spawn" if workers and torch.distributed.is_initialized() else None
-    if context:
+    dist = torch.distributed
+    spawned = workers and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return torch.utils.data.DataLoader(dataset, num_workers=workers,
+                                       multiprocessing_context="spawn" if spawned else None, **options)
+
+
+def loaded(loader):
+    """Yields what a loader does, and raises the InputError of an item as one line.
+
+    The loader's processes leave Ctrl-C and SIGTERM to the process that they load for. They end with
+    this generator, or, with persistent_workers=True, with the loader.
+    """
+    if loader.multiprocessing_context:
         resource_tracker.ensure_running()  # its start would unblock the signals
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})  # is inherited
+    maskable = hasattr(signal, "pthread_sigmask")  # it is not on Windows
+    if maskable:
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})  # is inherited
     try:
-        items = iter(torch.utils.data.DataLoader(dataset, num_workers=workers,
-                                                 multiprocessing_context=context, **options))
+        items = iter(loader)
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if maskable:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     try:
         yield from items
     except InputError as error:  # a loader process puts its traceback before the message

@@ -1,5 +1,6 @@
 """Data sets in the layouts that people have, the splits, the checks, and the seeded batches."""
 
+import gc
 import multiprocessing
 import subprocess
 import sys
@@ -266,13 +267,15 @@ def test_draws_depend_on_seed_iteration_and_place_alone():
     assert not sequence[0]["weak"].equal(sequence[1]["weak"])
 
 
-def test_loader_processes_end_with_the_loop_and_are_never_forked_beside_gloo(tmp_path):
-    def children():
-        return [type(process).__name__ for process in multiprocessing.active_children()]
+def children():
+    return [type(process).__name__ for process in multiprocessing.active_children()]
 
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0,
-                                         world_size=1)
+
+def test_loader_processes_end_with_the_loop_and_are_not_forked_beside_other_ranks(monkeypatch):
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
+        assert data.make_loader(draws(), 1).multiprocessing_context is None  # one rank is alone
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
         batches = training_batches(draws(), range(4), 0, 6, workers=1)
         assert same(next(batches), next(training_batches(draws(), range(4), 0, 1, workers=0)))
         assert children() == ["SpawnProcess"]
@@ -280,6 +283,22 @@ def test_loader_processes_end_with_the_loop_and_are_never_forked_beside_gloo(tmp
         torch.distributed.destroy_process_group()
     batches.close()
     assert children() == []
+
+
+def test_a_loader_with_persistent_processes_serves_many_loops():
+    loader = data.make_loader(draws(), 1, batch_sampler=[[(0, 0), (0, 1)]], persistent_workers=True)
+    first, = data.loaded(loader)
+    process, = multiprocessing.active_children()
+    again, = data.loaded(loader)
+    assert same(first, again) and multiprocessing.active_children() == [process]
+    del loader
+    gc.collect()
+    assert children() == []
+
+
+def test_loading_works_without_signal_masks_as_on_windows(monkeypatch):
+    monkeypatch.delattr(data.signal, "pthread_sigmask")
+    assert len(list(training_batches(draws(), range(4), 0, 2, workers=1))) == 2
 
 
 def test_an_epoch_sees_every_unlabelled_image_once_and_labelled_ones_in_turn():
