@@ -546,46 +546,55 @@ def stack_items(items):
 def training_batches(draws, slots, start, stop, workers, pin_memory=False):
     """Iterates over the batches of iterations start..stop-1: of their items, those in `slots`."""
     keys = ([(iteration, slot) for slot in slots] for iteration in range(start, stop))
-    return loaded(make_loader(draws, workers, batch_sampler=keys, pin_memory=pin_memory,
-                              collate_fn=stack_items))
+    return loaded(draws, workers, batch_sampler=keys, pin_memory=pin_memory, collate_fn=stack_items)
 
 
-def make_loader(dataset, workers, **options):
-    """DataLoader(dataset, num_workers=workers, **options), for loaded().
+def loaded(dataset, workers, **options):
+    """Yields what DataLoader(dataset, num_workers=workers, **options) does. Its processes end with the
+    generator, and until then leave the signals that stop a run to the process that they load for.
+    Raises the InputError of an item as one line, and another for a process that died.
 
-    Beside other ranks its processes are spawned, as DDP's documentation asks: a fork beside the threads
-    of gloo can inherit a lock of Python's that nobody there lets go of, and hang. Spawned, they import
-    the script, which so needs its `if __name__ == "__main__"`.
+    Beside other ranks they are spawned, as DDP's documentation asks: a fork beside the threads of gloo
+    can inherit a lock of Python's that nobody there lets go of, and hang. Spawned, they import the
+    script, which so needs its `if __name__ == "__main__"`.
     """
-    dist = torch.distributed
-    spawned = workers and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    return torch.utils.data.DataLoader(dataset, num_workers=workers,
-                                       multiprocessing_context="spawn" if spawned else None, **options)
-
-
-def loaded(loader):
-    """Yields what a loader does, and raises the InputError of an item as one line.
-
-    The loader's processes leave Ctrl-C and SIGTERM to the process that they load for. They end with
-    this generator, or, with persistent_workers=True, with the loader.
-    """
-    if loader.multiprocessing_context:
+    distributed = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+    context = "spawn" if workers and distributed else None
+    if context:
         resource_tracker.ensure_running()  # its start would unblock the signals
-    maskable = hasattr(signal, "pthread_sigmask")  # it is not on Windows
-    if maskable:
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})  # is inherited
-    try:
-        items = iter(loader)
-    finally:
-        if maskable:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    with loader_signals():
+        items = iter(torch.utils.data.DataLoader(dataset, num_workers=workers,
+                                                 multiprocessing_context=context, **options))
     try:
         yield from items
     except InputError as error:  # a loader process puts its traceback before the message
         text = str(error).strip().splitlines()[-1].removeprefix("data.InputError: ")
         raise InputError(text) from error.with_traceback(None)  # its frames would hold `items`
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        reason = str(error).strip().splitlines()[-1]
+        raise InputError(f"a loader process died ({reason}); lower --workers, or free memory") from None
     finally:
         del items
+
+
+@contextmanager
+def loader_signals():
+    """Processes started within it inherit that the signals which stop a run are blocked. A loader's
+    death is noticed when its next item is asked for, and not, as torch has it, at any line of code."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1,
+                                                     signal.SIGHUP})
+    handler = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if signal.getsignal(signal.SIGCHLD) is not handler:
+            signal.signal(signal.SIGCHLD, handler)
 
 
 def normalize(images):

@@ -14,17 +14,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from data import (
-    IGNORE,
-    InputError,
-    loaded,
-    make_loader,
-    normalize,
-    open_data,
-    picture_to_tensor,
-    reading,
-    short_list,
-)
+from data import IGNORE, InputError, loaded, normalize, open_data, picture_to_tensor, reading, short_list
 from model import DeepLabV3Plus
 from prepare import check_files
 from ranks import join, leave, rank, sum_over_ranks, together, world_size
@@ -166,7 +156,7 @@ def evaluate(models, data, device, window=None, max_side=None, workers=0, amp=Fa
     C = len(data.classes)
     confusions = torch.zeros(len(models), C, C, dtype=torch.int64, device=device)
     training = [model.training for model in models]
-    for image, target, _ in loaded(make_loader(images, workers, batch_size=None)):
+    for image, target, _ in loaded(images, workers, batch_size=None):
         image, target = image.to(device), target.to(device)
         for model, confusion in zip(models, confusions):
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):

@@ -56,8 +56,8 @@ def predict_files(model, state, paths, folder, device, pair=None):
     written here, is named on stderr and skipped. Returns how many were.
     """
     photographs = [file for path in paths for file in (
-        sorted(f for f in path.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES) if path.is_dir()
-        else [path])]
+        sorted(f for f in path.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES and f.name[0] != ".")
+        if path.is_dir() else [path])]
     if not photographs:
         raise InputError(f"{paths[0]}: no photograph in it")
     if pair and (folder / "last.pth").exists():
@@ -70,7 +70,8 @@ def predict_files(model, state, paths, folder, device, pair=None):
         targets = [folder / f"{file.stem}.png", folder / f"{file.stem}_overlay.png"]
         try:
             if not taken.isdisjoint(target.resolve() for target in targets):
-                raise InputError(f"{file}: its result would overwrite {targets[0]}; give another --out")
+                raise InputError(f"{file}: its result would overwrite {targets[0]}; rename it, or predict it "
+                                 f"alone with another --out")
             with reading(file):
                 image = picture_to_tensor(open_photograph(file).convert("RGB"))
             with torch.autocast(device.type, torch.bfloat16,
