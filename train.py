@@ -212,7 +212,7 @@ def train(args, device):
     # Data: what is labelled, and whether all of it is fit to train on.
     data = together(open_data, args.dataset, args.data_root)
     labelled, unlabelled = together(split_ids, data, args.dataset, args.split)
-    together(demand_fit_data, args, data, labelled, unlabelled)
+    notes = together(demand_fit_data, args, data, labelled, unlabelled)
     draws = TrainingDraws(data, labelled, [] if args.supervised else unlabelled, args.batch_size,
                           args.crop_size, args.seed, args.scale, args.image_size,
                           strong=args.intensity != "none")
@@ -225,7 +225,7 @@ def train(args, device):
     run = Run(args, data, draws, bare, teacher, optimizer)
     say(f"{args.dataset}: {len(labelled)} labelled, {len(draws.unlabelled)} unlabelled and "
         f"{len(data.val)} validation images, {len(data.classes)} classes"
-        + (f"\n{data.note}" if data.note else "")
+        + "".join(f"\n{note}" for note in notes)
         + f"\n{args.iters} iterations on {world_size()} x {device.type}, into {args.out}"
         + (f"\nresumes at iteration {run.start} of {args.iters}" if run.start else ""))
 
@@ -279,10 +279,13 @@ def build_networks(args, num_classes, device):
 
 
 def demand_fit_data(args, data, labelled, unlabelled):
-    found = check_data(data, labelled, unlabelled, args.supervised) if rank() == 0 else []
-    if found:
-        more = f" (and {len(found) - 1} more: see python prepare.py)" if len(found) > 1 else ""
-        raise InputError(found[0] + more)
+    if rank() != 0:
+        return []
+    found = check_data(data, labelled, unlabelled, args.supervised)
+    if found.problems:
+        more = len(found.problems) - 1
+        raise InputError(found.problems[0] + f" (and {more} more: {data.command('prepare.py')})" * bool(more))
+    return found.notes
 
 
 def parse_arguments(argv=None):
