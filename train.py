@@ -225,7 +225,7 @@ def train(args, device):
     run = Run(args, data, draws, bare, teacher, optimizer)
     say(f"{args.dataset}: {len(labelled)} labelled, {len(draws.unlabelled)} unlabelled and "
         f"{len(data.val)} validation images, {len(data.classes)} classes"
-        + "".join(f"\n{note}" for note in notes)
+        + "".join(f"\n{note}" for note in (*notes, getattr(bare, "note", "")) if note)
         + f"\n{args.iters} iterations on {world_size()} x {device.type}, into {args.out}"
         + (f"\nresumes at iteration {run.start} of {args.iters}" if run.start else ""))
 
