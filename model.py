@@ -30,6 +30,8 @@ class DeepLabV3Plus(nn.Module):
                     number of classes differs), or a checkpoint that holds one of the two at any
                     depth, preferably as "teacher".
     aux:            adds an FCN head on stage 3, used in training only (see forward).
+    multi_grid:     dilates the three blocks of stage 4 by 2, 4 and 8 (4, 8 and 16 at stride 8) rather
+                    than evenly, as the authors did; the two of resnet18 by 2 and 4 (4 and 8).
 
     `note` is a line on what a file of weights gave, or "".
     Raises ValueError for a backbone or stride that is not there, and for weights that do not fit;
@@ -37,7 +39,7 @@ class DeepLabV3Plus(nn.Module):
     """
 
     def __init__(self, num_classes, backbone="resnet50", output_stride=16, channels=256,
-                 weights=None, aux=False):
+                 weights=None, aux=False, multi_grid=False):
         super().__init__()
         if backbone not in BACKBONES:
             raise ValueError(f"backbone {backbone!r} is not one of {', '.join(BACKBONES)}")
@@ -54,6 +56,9 @@ class DeepLabV3Plus(nn.Module):
             dilate(self.layer4, 2, 4)
         else:
             dilate(self.layer4, 1, 2)
+        if multi_grid:
+            for block, times in zip(self.layer4, (1, 2, 4), strict=False):  # ResNet-18 has two blocks
+                dilate(block, times * 32 // output_stride, times * 32 // output_stride)
 
         self.aspp = ASPP(width, [rate * 16 // output_stride for rate in (6, 12, 18)], channels)
         self.aspp.convs[-1] = ImagePooling(*self.aspp.convs[-1])
@@ -68,7 +73,7 @@ class DeepLabV3Plus(nn.Module):
         if aux:
             del self.aux[-2]  # its dropout, likewise
         self.note = "" if weights in (None, "none") else load_weights(
-            self, weights, backbone, output_stride, channels)
+            self, weights, backbone, channels, {"output_stride": output_stride, "multi_grid": multi_grid})
 
     def forward(self, images):
         """images (B, 3, H, W), any H and W, ImageNet-normalised -> logits (B, C, H, W), float32.
@@ -158,10 +163,11 @@ def read_weights(weights, backbone):
     return tree if isinstance(tree, dict) else {}
 
 
-def load_weights(network, weights, backbone, output_stride, channels):
+def load_weights(network, weights, backbone, channels, dilation):
     """Load "imagenet" or a file (see DeepLabV3Plus) into a network of these options, in place.
 
-    Returns a line on what a file gave, "" for "imagenet".
+    Returns a line on what a file gave, "" for "imagenet". `dilation` are the options that weights of
+    another value still fit.
     """
     tree = read_weights(weights, backbone)
     tensors, needed = dict(flatten(tree)), dict(flatten(network.state_dict()))
@@ -194,9 +200,9 @@ def load_weights(network, weights, backbone, output_stride, channels):
     if "aux.0.weight" in fresh:
         note += "; the auxiliary head starts anew"
     settings = tree.get("settings")
-    if whole and isinstance(settings, dict) and settings.get("output_stride") not in (None, output_stride):
-        note += f"; it was trained with --output-stride {settings['output_stride']}"
-    return note
+    trained = dilation | settings if isinstance(settings, dict) else dilation
+    other = [f"{name} {trained[name]}" for name, value in dilation.items() if trained[name] != value]
+    return note + f"; it was trained with {' and '.join(other)}" * bool(other)
 
 
 def flatten(tree, path=""):

@@ -72,6 +72,34 @@ def test_dilation_of_bottlenecks_is_torchvisions():
     assert describe(ours.layer4) == describe(torchvisions.layer4)
 
 
+@pytest.mark.parametrize("backbone", EACH_BACKBONE)
+@pytest.mark.parametrize("output_stride, rates", [(16, (2, 4, 8)), (8, (4, 8, 16))])
+def test_multi_grid_dilates_the_blocks_of_stage_4_one_by_one(backbone, output_stride, rates):
+    with torch.device("meta"):
+        even, grid = (small(backbone=backbone, output_stride=output_stride, multi_grid=multi_grid)
+                      for multi_grid in (False, True))
+    for block, rate in zip(grid.layer4, rates, strict=False):
+        spread = [conv for conv in block.modules() if getattr(conv, "kernel_size", None) == (3, 3)]
+        assert len(spread) == (1 if hasattr(block, "conv3") else 2)  # a bottleneck, or a basic block
+        assert all(conv.dilation == conv.padding == (rate, rate) for conv in spread)
+        assert all(conv.stride == (1, 1) for conv in block.modules() if isinstance(conv, torch.nn.Conv2d))
+    # Nothing else changes: the state dict, the other stages, ASPP.
+    describe = lambda network: [str(m) for name, m in network.named_modules()
+                                if isinstance(m, torch.nn.Conv2d) and not name.startswith("layer4.")]
+    assert describe(grid) == describe(even)
+    assert [(name, tensor.shape) for name, tensor in grid.state_dict().items()] == [
+        (name, tensor.shape) for name, tensor in even.state_dict().items()]
+
+
+def test_multi_grid_looks_further():
+    # The same weights; stage 4 is of the same size and not the same.
+    images = torch.randn(1, 3, 96, 96)
+    even, grid = small().eval(), small(multi_grid=True).eval()
+    assert all(a.equal(b) for a, b in zip(even.state_dict().values(), grid.state_dict().values()))
+    with torch.no_grad():
+        assert even(images).shape == grid(images).shape and not even(images).allclose(grid(images))
+
+
 def test_nothing_draws_at_random_in_training():
     network = small().train()
     images = torch.randn(2, 3, 32, 32)
@@ -185,7 +213,7 @@ def checkpoint(path, **options):
         networks[name] = DeepLabV3Plus(3, **{"backbone": "resnet18", "channels": 16, **options})
         for tensor in networks[name].state_dict().values():
             tensor.copy_(torch.randint(1, 100, tensor.shape))
-    settings = {"backbone": "resnet18", "output_stride": options.get("output_stride", 16), "channels": 16}
+    settings = {"output_stride": 16, "multi_grid": False} | options
     torch.save({"settings": settings, "classes": ["a", "b", "c"], "iteration": 7,
                 **{name: network.state_dict() for name, network in networks.items()}}, path)
     return networks["teacher"].state_dict()
@@ -215,7 +243,8 @@ def test_weights_of_a_checkpoint_with_another_stride_or_auxiliary_head(tmp_path)
     teacher = checkpoint(path, output_stride=8)
     network = small(weights=path, aux=True)
     assert network.note == (f"weights {path}: the whole network of teacher; the auxiliary head starts anew; "
-                            f"it was trained with --output-stride 8")
+                            f"it was trained with output_stride 8")
+    assert small(weights=path, multi_grid=True).note.endswith("with output_stride 8 and multi_grid False")
     assert small(weights=path, output_stride=8).note == f"weights {path}: the whole network of teacher"
     teacher = checkpoint(path, aux=True)
     assert all(tensor.equal(teacher[name]) for name, tensor in small(weights=path).state_dict().items())

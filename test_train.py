@@ -452,7 +452,7 @@ CASES = {
                          "w.pth: not a file of"),
     "weights with code": (lambda r: code_file(r / "w.pth"), "--weights {root}/w.pth", "weights_only=True"),
     "other weights": (lambda r: torch.save({"conv1.weight": torch.zeros(1)}, r / "w.pth"),
-                      "--weights {root}/w.pth", r"do not fit resnet18: layer conv1.weight should be \(64, 3"),
+                      "--weights {root}/w.pth", "hold no ResNet by torchvision's names"),
     "crop too small": (None, "--crop-size 31", "--crop-size 31: too small for an output stride of 16"),
     "tau": (None, "--tau 1.5", "--tau 1.5: a probability"),
     "alpha": (None, "--ema 1", "--ema 1.0: at least 0 and below 1"),
