@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from data import IGNORE, InputError, loaded, normalize, open_data, picture_to_tensor, short_list, unreadable
+from data import IGNORE, InputError, loaded, normalize, open_data, picture_to_tensor, reading, short_list
 from model import DeepLabV3Plus
-from prepare import problems
+from prepare import check_files
 from ranks import join, leave, rank, sum_over_ranks, together, world_size
 
 WHOLE_IMAGE_PIXELS = 2048 * 1024  # a larger image goes through windows, so that memory is bounded
@@ -141,10 +141,8 @@ class ValidationImages(torch.utils.data.Dataset):
 
 
 def load_rgb(data, name):
-    try:
+    with reading(data.images[name]):
         return picture_to_tensor(data.image(name).convert("RGB"))
-    except (OSError, SyntaxError) as error:
-        raise InputError(unreadable(data.images[name], error)) from None
 
 
 @torch.inference_mode()
@@ -200,7 +198,8 @@ def load_model(path, student=False, device="cpu"):
     settings = state["settings"]
     try:
         model = DeepLabV3Plus(len(state["classes"]), settings["backbone"], settings["output_stride"],
-                              settings["channels"], aux=settings["aux"])
+                              settings["channels"], aux=settings["aux"],
+                              multi_grid=settings.get("multi_grid", False))
         model.load_state_dict(state["student" if student else "teacher"])
     except (KeyError, RuntimeError) as error:
         raise InputError(f"{path}: does not fit its own settings ({str(error).splitlines()[-1].strip()})") \
@@ -276,7 +275,7 @@ def main(argv=None):
         if list(data.classes) != list(state["classes"]):
             raise InputError(f"{args.checkpoint}: trained on the classes {short_list(state['classes'])}, "
                              f"but --data-root holds {short_list(data.classes)}; give its own data")
-        found = problems(data, data.val, [])
+        found = check_files(data, data.val).problems
         if found:
             raise InputError(found[0])
         confusion, = sum_over_ranks(together(

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from data import IMAGE_SUFFIXES, InputError, open_photograph, picture_to_tensor, unreadable
+from data import IMAGE_SUFFIXES, InputError, open_photograph, picture_to_tensor, reading
 from evaluate import colourize, confidence_map, load_model, predict
 from hardness import confident_ratio, weighted_iou
 
@@ -56,8 +56,8 @@ def predict_files(model, state, paths, folder, device, pair=None):
     written here, is named on stderr and skipped. Returns how many were.
     """
     photographs = [file for path in paths for file in (
-        sorted(f for f in path.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES) if path.is_dir()
-        else [path])]
+        sorted(f for f in path.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES and f.name[0] != ".")
+        if path.is_dir() else [path])]
     if not photographs:
         raise InputError(f"{paths[0]}: no photograph in it")
     if pair and (folder / "last.pth").exists():
@@ -70,8 +70,10 @@ def predict_files(model, state, paths, folder, device, pair=None):
         targets = [folder / f"{file.stem}.png", folder / f"{file.stem}_overlay.png"]
         try:
             if not taken.isdisjoint(target.resolve() for target in targets):
-                raise InputError(f"{file}: its result would overwrite {targets[0]}; give another --out")
-            image = picture_to_tensor(open_photograph(file).convert("RGB"))
+                raise InputError(f"{file}: its result would overwrite {targets[0]}; rename it, or predict it "
+                                 f"alone with another --out")
+            with reading(file):
+                image = picture_to_tensor(open_photograph(file).convert("RGB"))
             with torch.autocast(device.type, torch.bfloat16,
                                 enabled=settings["amp"] and device.type == "cuda"):
                 labels = predict(model, image.to(device), settings["window"],
@@ -81,9 +83,8 @@ def predict_files(model, state, paths, folder, device, pair=None):
             colourize(labels, state["palette"]).save(targets[0])
             overlay(image, labels, state["classes"], state["palette"]).save(targets[1])
             taken.update(target.resolve() for target in targets)
-        except (InputError, OSError, SyntaxError) as error:
-            text = str(error) if isinstance(error, InputError) else unreadable(file, error)
-            print(f"predict.py: {text}", file=sys.stderr)
+        except (InputError, OSError) as error:
+            print(f"predict.py: {error}", file=sys.stderr)
             skipped += 1
         if done % 20 == 0 or done == len(photographs):
             print(f"{done}/{len(photographs)} photographs, {skipped} skipped", flush=True)

@@ -30,6 +30,7 @@ def test_predict_files_writes_maps_at_the_photographs_own_upright_size(tmp_path,
     tall.save(inputs / "plain.png")
     (inputs / "broken.jpg").write_bytes((inputs / "phone.jpg").read_bytes()[:300])
     (inputs / "notes.txt").write_text("not a photograph")
+    (inputs / "._plain.png").write_bytes(b"a hidden file")
     assert predict_files(Brightness(), STATE, [inputs], out, torch.device("cpu")) == 1
     captured = capsys.readouterr()
     assert "broken.jpg" in captured.err and "3/3 photographs, 1 skipped" in captured.out
@@ -56,7 +57,8 @@ def test_predict_files_never_overwrites_a_photograph_or_another_result(tmp_path,
     assert (tmp_path / "x.png").read_bytes() == before
     both = [tmp_path / "x.png", tmp_path / "a" / "x.png"]
     assert predict_files(Brightness(), STATE, both, tmp_path / "out", device) == 1
-    assert "give another --out" in capsys.readouterr().err
+    assert "rename it, or predict it alone with another --out" in capsys.readouterr().err
+    assert predict_files(Brightness(), STATE, both[1:], tmp_path / "out2", device) == 0
 
 
 @pytest.mark.parametrize("ignore_background", [False, True])
