@@ -8,6 +8,7 @@ from one iteration to the next, so a run can resume anywhere, on any number of r
 
 import re
 import signal
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from multiprocessing import resource_tracker
@@ -474,8 +475,8 @@ def training_batches(draws, slots, start, stop, workers, pin_memory=False):
 
 def loaded(dataset, workers, **options):
     """Yields what DataLoader(dataset, num_workers=workers, **options) does. Its processes end with the
-    generator, and until then leave Ctrl-C and SIGTERM to the process that they load for. Raises the
-    InputError of an item as one line.
+    generator, and until then leave the signals that stop a run to the process that they load for.
+    Raises the InputError of an item as one line, and another for a process that died.
 
     Under DDP they are spawned, as its documentation asks: a fork beside the threads of gloo can
     inherit a lock of Python's that nobody there lets go of, and hang. Spawned, they import the script,
@@ -484,19 +485,39 @@ def loaded(dataset, workers, **options):
     context = "spawn" if workers and torch.distributed.is_initialized() else None
     if context:
         resource_tracker.ensure_running()  # its start would unblock the signals
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})  # is inherited
-    try:
+    with loader_signals():
         items = iter(torch.utils.data.DataLoader(dataset, num_workers=workers,
                                                  multiprocessing_context=context, **options))
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     try:
         yield from items
     except InputError as error:  # a loader process puts its traceback before the message
         text = str(error).strip().splitlines()[-1].removeprefix("data.InputError: ")
         raise InputError(text) from error.with_traceback(None)  # its frames would hold `items`
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        reason = str(error).strip().splitlines()[-1]
+        raise InputError(f"a loader process died ({reason}); lower --workers, or free memory") from None
     finally:
         del items
+
+
+@contextmanager
+def loader_signals():
+    """Processes started within it inherit that the signals which stop a run are blocked. A loader's
+    death is noticed when its next item is asked for, and not, as torch has it, at any line of code."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1,
+                                                     signal.SIGHUP})
+    handler = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if signal.getsignal(signal.SIGCHLD) is not handler:
+            signal.signal(signal.SIGCHLD, handler)
 
 
 def normalize(images):

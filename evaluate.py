@@ -5,6 +5,7 @@
 """
 
 import argparse
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -147,25 +148,46 @@ def load_rgb(data, name):
         raise InputError(unreadable(data.images[name], error)) from None
 
 
+def validation_images(data, workers, endless=False):
+    """Yields (image, labels, id) of this rank's part of data.val, once or again and again. Several
+    ranks spawn their loader processes, which takes seconds, so a run has one such iterator."""
+    names = data.val[rank()::world_size()]
+    order = range(len(names))
+    return loaded(ValidationImages(data, names), workers, batch_size=None,
+                  sampler=itertools.cycle(order) if endless else order)
+
+
 @torch.inference_mode()
-def evaluate(models, data, device, window=None, max_side=None, workers=0, amp=False):
-    """The confusion matrices (models, C, C), int64, of this rank's part of data.val.
+def evaluate(networks, data, device, window=None, max_side=None, amp=False, images=None, check=None):
+    """The confusion matrices (networks, C, C), int64, of this rank's part of data.val.
 
     Each rank takes every world-size-th image, so that each image counts once: sum_over_ranks adds
-    the parts up. The models are put into evaluation mode, and back.
+    the parts up. The networks are put into evaluation mode, and back.
+    images:     what validation_images yields.
+    check:      called before each image. What it raises on any rank, or an image that cannot be read,
+                is raised on all ranks.
     """
-    images = ValidationImages(data, data.val[rank()::world_size()])
-    C = len(data.classes)
-    confusions = torch.zeros(len(models), C, C, dtype=torch.int64, device=device)
-    training = [model.training for model in models]
-    for image, target, _ in loaded(images, workers, batch_size=None):
+    images = images or validation_images(data, workers=0)
+    networks, C = list(networks), len(data.classes)
+    confusions = torch.zeros(len(networks), C, C, dtype=torch.int64, device=device)
+
+    def count(i):
+        if check:
+            check()
+        if i >= len(data.val):  # other ranks have an image more
+            return
+        image, target, _ = next(images)
         image, target = image.to(device), target.to(device)
-        for model, confusion in zip(models, confusions):
+        for network, confusion in zip(networks, confusions):
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                prediction = predict(model.eval(), image, window, max_side)
+                prediction = predict(network.eval(), image, window, max_side)
             confusion += confusion_matrix(prediction, target, C)
-    for model, mode in zip(models, training):
-        model.train(mode)
+
+    training = [network.training for network in networks]
+    for first in range(0, len(data.val), world_size()):
+        together(count, first + rank())
+    for network, mode in zip(networks, training):
+        network.train(mode)
     return confusions
 
 
@@ -205,7 +227,7 @@ def load_model(path, student=False, device="cpu"):
     except (KeyError, RuntimeError) as error:
         raise InputError(f"{path}: does not fit its own settings ({str(error).splitlines()[-1].strip()})") \
             from None
-    return model.eval().to(device), state
+    return model.eval().to(device, memory_format=torch.channels_last), state
 
 
 def colourize(labels, palette):
@@ -279,9 +301,9 @@ def main(argv=None):
         found = problems(data, data.val, [])
         if found:
             raise InputError(found[0])
-        confusion, = sum_over_ranks(together(
-            evaluate, [model], data, device, settings["window"], settings["image_size"], args.workers,
-            settings["amp"] and device.type == "cuda"))
+        confusion, = sum_over_ranks(evaluate(
+            [model], data, device, settings["window"], settings["image_size"],
+            settings["amp"] and device.type == "cuda", validation_images(data, args.workers)))
         if rank() == 0:
             print(iou_table(data.classes, {"student" if args.student else "teacher": confusion}))
         if args.pictures and rank() == 0:
