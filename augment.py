@@ -1,8 +1,13 @@
 """Table 5's augmentations, and their guidance by hardness: Eq. 8, hard-easy pairs, Eq. 9.
 
-Works alone. The upper half is Pillow images and draws from the numpy Generator it is given; the
-lower half, Eq. 8 and 9, is torch on a whole batch, without a Python loop over images and without
-waiting for the device.
+    Table 5    weak_augment, INTENSITY_OPERATIONS, strong_augment, random_boxes (CutMix)
+    Eq. 8      blend_intensity
+    Eq. 9      hard_easy_pairs, box_masks, cutmix
+
+Works alone. The upper half, Table 5, works on the CPU and draws from the numpy Generator it is
+given; the lower half, Eq. 8 and Eq. 9, is torch on a whole batch and its device, without a Python
+loop over images and without a host-device sync. R1, R2, R12, R13 are readings of what the paper
+leaves open, as in the README's table; each is said in words where it is used.
 
 Shapes: B images, H x W pixels. `hardness` is gamma of Eq. 7, (B,) in [0, 1], large for hard.
 """
@@ -29,12 +34,12 @@ def weak_augment(image, mask, crop_size, rng, scale=(0.5, 2.0), max_side=None):
     factor = rng.uniform(*scale) * min(1, (max_side or max(image.size)) / max(image.size))
     scaled = [max(1, round(side * factor)) for side in (width, height)]
     size = [min(side, crop_size) for side in scaled]
-    left, top = (int(rng.integers(0, a - b + 1)) for a, b in zip(scaled, size))
+    left, top = (int(rng.integers(0, a - b + 1)) for a, b in zip(scaled, size, strict=True))
     corners = (left, top, left + size[0], top + size[1])
     flip = rng.random() < 0.5
 
     def crop(picture, resample):
-        box = [c * side / s for c, side, s in zip(corners, picture.size * 2, scaled * 2)]
+        box = [c * side / s for c, side, s in zip(corners, picture.size * 2, scaled * 2, strict=True)]
         picture = picture.resize(size, resample, box=box)
         return ImageOps.mirror(picture) if flip else picture
 
@@ -75,35 +80,37 @@ def pad(picture, size, fill):
     return ImageOps.expand(picture, (0, 0, size - picture.width, size - picture.height), fill)
 
 
-def blend_intensity(weak, strong, hardness):
-    """A^I(u), Eq. 8: the strong view weighs 1 - gamma, so that hard images are distorted least (R1).
-
-    weak, strong (B, 3, H, W) float -> the same. Pass 1 - gamma for the equation as printed.
-    """
-    return torch.lerp(strong, weak, hardness[:, None, None, None])
-
-
-def hard_easy_pairs(hardness):
-    """The hard-easy pairs of Sec. 2.3.1: the easiest with the hardest, the second easiest with the
-    second hardest, and so on.
-
-    hardness (B,) -> (B,) int64, the index of each image's partner. A pairing is mutual; in an odd
-    batch the image in the middle is its own partner.
-    """
-    ascending = hardness.argsort(stable=True)
-    return torch.empty_like(ascending).scatter_(0, ascending, ascending.flip(0))
-
-
 def random_boxes(batch, height, width, rng):
     """One CutMix box an image (R12): side ratio U(0.1, 0.9), centre uniform, clipped at the border.
 
-    Returns a (B, 4) int64 tensor of (top, left, bottom, right).
+    Returns a (B, 4) int64 tensor of (top, left, bottom, right) on the CPU, where the numpy Generator
+    `rng` draws; box_masks makes masks of it on whatever device it is moved to.
     """
     ratio, y, x = torch.from_numpy(rng.random((3, batch)))
     half = (0.1 + 0.8 * ratio) / 2
     top, bottom = ((y + side * half).clamp(0, 1) * height for side in (-1, 1))
     left, right = ((x + side * half).clamp(0, 1) * width for side in (-1, 1))
     return torch.stack([top, left, bottom, right], dim=1).round().long()
+
+
+def blend_intensity(weak, strong, hardness):
+    """A^I(u), Eq. 8: the strong view weighs 1 - gamma, so that hard images are distorted least (R1).
+
+    weak, strong (B, 3, H, W) float -> the same. Pass 1 - gamma for the equation as printed.
+    """
+    gamma = hardness[:, None, None, None]
+    return torch.lerp(strong, weak, gamma)  # (1 - gamma) A^I(u) + gamma A_w(u)
+
+
+def hard_easy_pairs(hardness):
+    """The hard-easy pairs (u_m, u_n) of Eq. 9, Sec. 2.3.1: the easiest image with the hardest, the
+    second easiest with the second hardest, and so on.
+
+    hardness (B,) -> (B,) int64, the index of each image's partner. A pairing is mutual; in an odd
+    batch the image in the middle is its own partner.
+    """
+    ascending = hardness.argsort(stable=True)
+    return torch.empty_like(ascending).scatter_(0, ascending, ascending.flip(0))
 
 
 def box_masks(boxes, height, width):
@@ -117,8 +124,10 @@ def box_masks(boxes, height, width):
 def cutmix(images, pseudo_labels, partner, masks):
     """A^C(u) and p^t', Eq. 9: inside its mask, an image shows its partner, and so does its label map.
 
-    images (B, 3, H, W), pseudo_labels (B, H, W), partner (B,), masks (B, H, W) bool, of any dtype
-    -> (images, pseudo_labels). An all-False mask leaves an image as it is.
+    images (B, 3, H, W) and pseudo_labels (B, H, W) of any dtype, partner (B,), masks (B, H, W) bool
+    -> (images, pseudo_labels). Eq. 9 is triggered for the whole batch by one draw u ~ U(0, 1):
+    `fired = u > gamma_bar`, gamma_bar the mean hardness (R2), and the masks are `masks & fired`, for
+    an all-False mask leaves an image as it is.
     """
     return (torch.where(masks[:, None], images[partner], images),
             torch.where(masks, pseudo_labels[partner], pseudo_labels))

@@ -1,10 +1,15 @@
 """How hard an unlabelled image is (Eq. 5-7), and the loss that it weighs (Eq. 10).
 
+    Eq. 5, Eq. 6    confident_ratio                     Eq. 3     pixel_cross_entropy
+    Eq. 7           instance_hardness, weighted_iou     Eq. 4     unsupervised_loss, gamma = 0
+    Fig. 3(a)       confidence_hardness, loss_hardness  Eq. 10    unsupervised_loss, pseudo_label
+
 Works alone with any segmentation network: torch is all it needs. Every function is vectorised over
-the batch and never waits for the device.
+the batch, without a host-device sync. R3, R5, R6 are readings of what the paper leaves open, as in
+the README's table; each is said in words where it is used.
 
 Shapes: B images, C classes, H x W pixels. A `prob` is a softmax over C, (B, C, H, W), float32.
-A `valid` is (B, H, W) bool, False where a crop was padded (reading R6); None means all True.
+A `valid` is (B, H, W) bool, False where a crop was padded (R6); None means all True.
 """
 
 import torch
@@ -14,18 +19,15 @@ IGNORE = 255  # the label of pixels that no loss sees: void, padding, low confid
 
 
 def confident_ratio(prob, tau, valid=None):
-    """rho, Eq. 5 and 6: the share of (valid) pixels whose highest probability reaches tau.
+    """rho, Eq. 5 and Eq. 6: the ratio of (valid) pixels whose highest probability reaches tau.
 
-    prob (B, C, H, W) -> (B,) in [0, 1]; 0 for an image that is all padding.
+    prob (B, C, H, W), or its maxima alone (B, 1, H, W) -> (B,) in [0, 1]; 0 for an image that is all
+    padding.
     """
-    return share_of_pixels(prob.amax(1) >= tau, valid)
-
-
-def share_of_pixels(chosen, valid=None):
-    """The share of (valid) pixels that are chosen, as in Eq. 5: (B, H, W) bool -> (B,) in [0, 1]."""
+    confident = prob.amax(1) >= tau  # 1(max(p(j)) >= tau)
     if valid is None:
-        return chosen.float().mean((1, 2))
-    return (chosen & valid).sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)
+        valid = torch.ones_like(confident)
+    return (confident & valid).sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)
 
 
 def weighted_iou(z1, z2, num_classes, valid=None, ignore_class=None):
@@ -37,7 +39,7 @@ def weighted_iou(z1, z2, num_classes, valid=None, ignore_class=None):
     ignore_class: a class that weighs nothing; the shares are then taken among the others, and an
     image that holds no other class has wIoU 0. The authors' code does so with class 0.
     """
-    return share_weighted_iou(count_pairs(z1, z2, num_classes, valid), ignore_class)
+    return wiou_of_counts(count_pairs(z1, z2, num_classes, valid), ignore_class)
 
 
 def count_pairs(z1, z2, num_classes, valid=None):
@@ -51,9 +53,9 @@ def count_pairs(z1, z2, num_classes, valid=None):
     return pair.new_zeros(B, C * C).scatter_add_(1, pair, counted).view(B, C, C).float()
 
 
-def share_weighted_iou(pixels, ignore_class=None):
+def wiou_of_counts(counts, ignore_class=None):
     """wIoU(z1, z2) from what count_pairs counts, (B, C, C) -> (B,); wIoU(z2, z1) from its transpose."""
-    area1, area2, intersection = pixels.sum(2), pixels.sum(1), pixels.diagonal(dim1=1, dim2=2)
+    area1, area2, intersection = counts.sum(2), counts.sum(1), counts.diagonal(dim1=1, dim2=2)
     iou = intersection / (area1 + area2 - intersection).clamp(min=1)
     if ignore_class is not None:
         area1[:, ignore_class] = 0
@@ -79,11 +81,13 @@ def instance_hardness(prob_t, prob_s, tau, valid=None, ignore_class=None):
     -> (B,) in [0, 1], large for hard: 1 where nothing is confident, nothing overlaps or all is
     padding; 0 where both agree everywhere at full confidence. Symmetric in its two arguments.
     """
-    (p_s, z_s), (p_t, z_t) = top_class(prob_s), top_class(prob_t)
-    rho_s, rho_t = share_of_pixels(p_s >= tau, valid), share_of_pixels(p_t >= tau, valid)
-    pixels = count_pairs(z_s, z_t, prob_s.shape[1], valid)
-    gamma = 1 - (rho_s / 2 * share_weighted_iou(pixels, ignore_class)  # wIoU(p^s, p^t)
-                 + rho_t / 2 * share_weighted_iou(pixels.mT, ignore_class))  # wIoU(p^t, p^s)
+    (max_s, z_s), (max_t, z_t) = top_class(prob_s), top_class(prob_t)
+    rho_s = confident_ratio(max_s[:, None], tau, valid)  # Eq. 5
+    rho_t = confident_ratio(max_t[:, None], tau, valid)  # Eq. 6
+    counts = count_pairs(z_s, z_t, prob_s.shape[1], valid)
+    wiou_st = wiou_of_counts(counts, ignore_class)  # wIoU(p^s, p^t)
+    wiou_ts = wiou_of_counts(counts.mT, ignore_class)  # wIoU(p^t, p^s)
+    gamma = 1 - (rho_s / 2 * wiou_st + rho_t / 2 * wiou_ts)
     return gamma.clamp(0, 1)
 
 
@@ -92,7 +96,7 @@ def confidence_hardness(prob_t, prob_s, tau, valid=None):
     return 1 - (confident_ratio(prob_s, tau, valid) + confident_ratio(prob_t, tau, valid)) / 2
 
 
-def loss_hardness(prob_t, prob_s, valid=None):
+def loss_hardness(prob_t, prob_s, *, valid=None):
     """"losses" of Fig. 3(a): 1 - exp(-L), where L is the student's mean cross-entropy, over the
     valid pixels, to the teacher's labels.
 
@@ -110,10 +114,10 @@ def loss_hardness(prob_t, prob_s, valid=None):
 
 
 def pseudo_label(prob_t, tau, valid=None):
-    """The teacher's class where max(p^t) >= tau on a valid pixel, else IGNORE: the indicator of
-    Eq. 4 and 10 as a label map.
+    """The indicator of Eq. 4 and Eq. 10, 1(max(p^t(j)) >= tau), as a label map: the teacher's class
+    where it is 1 on a valid pixel, IGNORE elsewhere.
 
-    prob_t (B, C, H, W) -> (B, H, W) uint8. Needs C <= 255.
+    prob_t (B, C, H, W) -> (B, H, W) uint8, a byte a pixel to mix and to exchange. Needs C <= 255.
     """
     confidence, labels = top_class(prob_t)
     keep = confidence >= tau if valid is None else (confidence >= tau) & valid
@@ -124,17 +128,19 @@ def unsupervised_loss(logits, pseudo_labels, hardness):
     """L_u, Eq. 10: each image's cross-entropy to its pseudo-labels, weighted by 1 - gamma (R3).
 
     logits:         a list of the student's outputs (B, C, H, W), one for each strong view.
-    pseudo_labels:  the list of their label maps (B, H, W), IGNORE where nothing supervises.
+    pseudo_labels:  a list, as long, of their label maps (B, H, W), any integer type, IGNORE where
+                    nothing supervises.
     hardness:       gamma (B,); zeros make it Eq. 4.
     Returns a scalar: the mean over the images and over the views (the 2 of Eq. 10). Each image is
     divided by H x W, however many of its pixels are supervised (R6).
     """
-    loss = sum(pixel_cross_entropy(z, y) for z, y in zip(logits, pseudo_labels)) / len(logits)
-    return ((1 - hardness) * loss).mean()
+    losses = [pixel_cross_entropy(*view) for view in zip(logits, pseudo_labels, strict=True)]
+    return ((1 - hardness) * (sum(losses) / len(losses))).mean()
 
 
 def pixel_cross_entropy(logits, labels):
-    """The inner sum of Eq. 3, 4 and 10: 1/(H x W) sum over the pixels of H, 0 where IGNORE.
+    """The inner sum of Eq. 3, Eq. 4 and Eq. 10, one value an image: 1/(H x W) sum over the pixels of
+    the cross-entropy H, which is 0 where a label is IGNORE.
 
     logits (B, C, H, W), labels (B, H, W) integer -> (B,).
     """

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 SIZE = 32
-SHAPES_CLASSES = ("background", "plain", "rows", "columns", "checker")
+SHAPES_CLASSES = ("background", "rings", "rows", "columns", "checker")
 
 
 @lru_cache(maxsize=1024)
@@ -46,5 +46,6 @@ def shape_masks(shape, size, rng):
     y, x = np.einsum("ij,jhw->ihw", turn, np.mgrid[:size, :size] - centre[:, None, None])
     distance = np.hypot(x, y) if rng.random() < 0.5 else np.maximum(abs(x), abs(y)) / 0.9
     rows, columns = (np.floor(12 * side / size) % 2 == 0 for side in (y, x))
-    patterns = {"plain": True, "rows": rows, "columns": columns, "checker": rows ^ columns}
+    rings = np.floor(12 * np.hypot(x, y) / size) % 2 == 0
+    patterns = {"rings": rings, "rows": rows, "columns": columns, "checker": rows ^ columns}
     return distance < radius, patterns[shape]

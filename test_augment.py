@@ -5,8 +5,17 @@ import pytest
 import torch
 from PIL import Image
 
-from augment import (INTENSITY_OPERATIONS, blend_intensity, box_masks, cutmix, hard_easy_pairs, pad,
-                     random_boxes, strong_augment, weak_augment)
+from augment import (
+    INTENSITY_OPERATIONS,
+    blend_intensity,
+    box_masks,
+    cutmix,
+    hard_easy_pairs,
+    pad,
+    random_boxes,
+    strong_augment,
+    weak_augment,
+)
 
 
 def rng(*seed):
@@ -119,7 +128,10 @@ def test_the_ranges_of_table_5(name, low, high):
 
 def test_operations_by_hand():
     pixel = Image.new("RGB", (1, 1), (10, 100, 250))
-    value = lambda name, draw: INTENSITY_OPERATIONS[name](pixel, draw).getpixel((0, 0))
+
+    def value(name, draw):
+        return INTENSITY_OPERATIONS[name](pixel, draw).getpixel((0, 0))
+
     assert value("invert", None) == (245, 155, 5)
     assert value("posterize", Highest(0)) == (0, 96, 240)           # 4 bits
     assert value("posterize", Highest(1)) == (10, 100, 250)         # 8 bits

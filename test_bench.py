@@ -30,6 +30,7 @@ def run(*flags):
                           env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_command_prints_every_section_and_ends_with_the_ratio():
     done = run("--backbone", "resnet18", "--channels", 16, "--crop-size", 32, "--batch-size", 2,
                "--loader-crop", 64, "--repeats", 2, "--only", *bench.SECTIONS)
@@ -40,10 +41,18 @@ def test_the_command_prints_every_section_and_ends_with_the_ratio():
     for name in ("load wait", "copy to device", "no-gradient passes", "hardness", "augmentation",
                  "student forward", "loss", "backward", "optimizer", "teacher", "step",
                  "network (the floor)", "images", "network, counted", "peak memory of a step",
-                 "loader, labelled", "loader, unlabelled", "NumPy / hardness", "evaluation", "around the network",
-                 "step at 2 + 2", "step at 16 + 16"):
+                 "loader, labelled", "loader, unlabelled", "NumPy / hardness", "max(1) / top_class",
+                 "one / many", "evaluation", "around the network", "step at 2 + 2", "step at 16 + 16"):
         assert name in names
     assert max(map(len, lines)) <= 100
+
+
+@pytest.mark.slow
+def test_the_flags_of_train_py_are_taken():
+    done = run("--only", "step", "memory", "--backbone", "resnet18", "--channels", 16, "--crop-size", 32,
+               "--batch-size", 4, "--accumulate", 2, "--repeats", 1)
+    assert done.returncode == 0, done.stderr
+    assert "crop 32, 4 + 4 in 2, fp32" in done.stdout and "step / plain training" in done.stdout
 
 
 def test_a_folder_of_ones_own_and_one_section(photographs):
@@ -53,9 +62,10 @@ def test_a_folder_of_ones_own_and_one_section(photographs):
 
 
 def test_input_that_cannot_be_used_is_one_line(tmp_path):
-    done = run("--only", "loader", "--data-root", tmp_path)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert str(tmp_path) in done.stderr
+    for flag, value in (("--data-root", tmp_path), ("--crop-size", 1)):
+        done = run("--only", "loader", flag, value)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+        assert str(value) in done.stderr
 
 
 def test_the_loop_over_images_and_classes_is_eq_5_to_7():
@@ -70,15 +80,13 @@ def test_the_loop_over_images_and_classes_is_eq_5_to_7():
 def test_the_usual_way_makes_the_same_items(photographs, monkeypatch):
     opened = data.open_data("custom", photographs)
     labelled, unlabelled = data.split_ids(opened, "custom", None)
-    draws = data.TrainingDraws(opened, labelled, unlabelled, 8, 200, seed=0)
+    ours = data.TrainingDraws(opened, labelled, unlabelled, 8, 200, seed=0)
+    usual = bench.UsualDraws(**vars(ours))
     nothing = dict.fromkeys(("one", "two"), lambda image, rng: image)
     monkeypatch.setattr(augment, "INTENSITY_OPERATIONS", nothing)
-    monkeypatch.setattr(bench, "USUAL_OPERATIONS", nothing)
-    for place in range(8):
-        ours = draws[0, place]
-        x, y = bench.usual_item(draws, True, 0, place)
-        weak, strong = bench.usual_item(draws, False, 0, place)
-        for name, usual in (("x", x), ("weak", weak), ("strong", strong)):
-            difference = data.normalize(ours[name][None])[0] - usual
+    for position in range(8):
+        item, other = ours[0, position], usual[0, position]
+        for name in ("x", "weak", "strong"):
+            difference = data.normalize(item[name][None])[0] - other[name]
             assert difference.abs().max() < 0.1, name  # Pillow rounds the box: a few grey values
-        assert (ours["y"] == y).float().mean() > 0.99
+        assert (item["y"] == other["y"]).float().mean() > 0.99

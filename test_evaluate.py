@@ -85,7 +85,7 @@ def test_sliding_windows_against_a_slow_version(height, width):
     for top in window_starts(height, 16):
         for left in window_starts(width, 16):
             place = slice(top, top + 16), slice(left, left + 16)
-            scores[:, *place] += Corner()(image[:, :, *place])[0].softmax(0)
+            scores[(..., *place)] += Corner()(image[(..., *place)])[0].softmax(0)
             counts[place] += 1
     assert counts.min() >= 1
     expected, classes = (scores / counts).max(0)

@@ -6,8 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from hardness import (IGNORE, confidence_hardness, confident_ratio, instance_hardness, loss_hardness,
-                      pseudo_label, top_class, unsupervised_loss, weighted_iou)
+from hardness import (
+    IGNORE,
+    confidence_hardness,
+    confident_ratio,
+    instance_hardness,
+    loss_hardness,
+    pseudo_label,
+    top_class,
+    unsupervised_loss,
+    weighted_iou,
+)
 
 
 def one_hot(classes, num_classes, confidence=1.0):
@@ -95,12 +104,15 @@ def test_gamma_is_symmetric_and_within_bounds():
     lambda t, s, valid: instance_hardness(t, s, 0.6, valid),
     lambda t, s, valid: instance_hardness(t, s, 0.6, valid, ignore_class=0),
     lambda t, s, valid: confidence_hardness(t, s, 0.6, valid),
-    lambda t, s, valid: loss_hardness(t, s, valid)])
+    lambda t, s, valid: loss_hardness(t, s, valid=valid)])
 def test_padding_changes_nothing(measure):
     # R6. What stands in the padding must not matter, nor how much of it there is.
     prob_t, prob_s = random_prob(seed=1), random_prob(seed=2)
     bare = measure(prob_t, prob_s, None)
-    pad = lambda prob, seed: torch.cat([prob, random_prob(H=4, seed=seed)], dim=2)
+
+    def pad(prob, seed):
+        return torch.cat([prob, random_prob(H=4, seed=seed)], dim=2)
+
     valid = torch.ones(3, 10, 7, dtype=torch.bool)
     valid[:, 6:] = False
     for seed in (3, 4):
@@ -126,20 +138,21 @@ def test_ignore_class_makes_a_crop_of_background_maximally_hard():
 
 def slow_hardness(prob_t, prob_s, tau, valid, ignore_class=None):
     """Eq. 5-7 an image and a class at a time."""
+    def wiou(z1, z2, valid, num_classes):
+        total = 0.0
+        counted = [c for c in range(num_classes) if c != ignore_class]
+        pixels = sum(((z1 == c) & valid).sum() for c in counted)
+        for c in counted:
+            a, b = (z1 == c) & valid, (z2 == c) & valid
+            if a.any():
+                total += a.sum() / pixels * (a & b).sum() / (a | b).sum()
+        return total
+
     gammas = []
-    for p_t, p_s, v in zip(prob_t.numpy(), prob_s.numpy(), valid.numpy()):
-        def wiou(z1, z2):
-            total = 0.0
-            counted = [c for c in range(len(p_t)) if c != ignore_class]
-            pixels = sum(((z1 == c) & v).sum() for c in counted)
-            for c in counted:
-                a, b = (z1 == c) & v, (z2 == c) & v
-                if a.any():
-                    total += a.sum() / pixels * (a & b).sum() / (a | b).sum()
-            return total
+    for p_t, p_s, v in zip(prob_t.numpy(), prob_s.numpy(), valid.numpy(), strict=True):
         z_t, z_s = p_t.argmax(0), p_s.argmax(0)
-        rho = lambda p: (p.max(0) >= tau)[v].mean()
-        gammas.append(1 - rho(p_s) / 2 * wiou(z_s, z_t) - rho(p_t) / 2 * wiou(z_t, z_s))
+        rho_t, rho_s = ((p.max(0) >= tau)[v].mean() for p in (p_t, p_s))
+        gammas.append(1 - rho_s / 2 * wiou(z_s, z_t, v, len(p_s)) - rho_t / 2 * wiou(z_t, z_s, v, len(p_t)))
     return gammas
 
 

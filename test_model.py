@@ -58,8 +58,10 @@ def test_dilated_features_are_the_strided_ones_seen_finer(backbone, output_strid
 def test_dilation_of_bottlenecks_is_torchvisions():
     torchvisions = models.resnet50(replace_stride_with_dilation=[False, True, True])
     ours = DeepLabV3Plus(3, "resnet50", output_stride=8)
-    describe = lambda layer: [(m.stride, m.dilation, m.padding) for m in layer.modules()
-                              if isinstance(m, torch.nn.Conv2d)]
+
+    def describe(layer):
+        return [(m.stride, m.dilation, m.padding) for m in layer.modules() if isinstance(m, torch.nn.Conv2d)]
+
     assert describe(ours.layer3) == describe(torchvisions.layer3)
     assert describe(ours.layer4) == describe(torchvisions.layer4)
 

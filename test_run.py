@@ -205,7 +205,7 @@ def test_a_checkpoint_of_another_data_set_is_refused(finished, tmp_path):
     assert result.returncode == 0  # the embedded data set has no root
     torch.save(state | {"settings": state["settings"] | {"dataset": "custom"}}, tmp_path / "custom.pth")
     result = launch(tmp_path / "custom.pth", "--data-root", custom(tmp_path / "data"), script="evaluate.py")
-    assert result.returncode == 2 and "trained on the classes background, plain" in result.stderr
+    assert result.returncode == 2 and "trained on the classes background, rings" in result.stderr
     assert "Traceback" not in result.stderr
 
 

@@ -125,7 +125,7 @@ def phi(prob_t, prob_s, valid, args):
     if args.hardness == "confidence":
         return confidence_hardness(prob_t, prob_s, args.tau, valid)
     if args.hardness == "loss":
-        return loss_hardness(prob_t, prob_s, valid)
+        return loss_hardness(prob_t, prob_s, valid=valid)
     ignore_class = 0 if args.ignore_background else None
     return instance_hardness(prob_t, prob_s, args.tau, valid, ignore_class)
 

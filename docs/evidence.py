@@ -1,22 +1,30 @@
-"""Repeats the comparisons in the README: runs rows of settings with seeds, and prints their table.
+"""Repeats comparisons, the paper's tables among them: runs rows of settings, and prints their table.
 
-    python docs/evidence.py --rows table4 fig3a --seeds 3 --jobs 2
-    python docs/evidence.py --rows camvid --seeds 1 --data-root ../shared/camvid
+    python docs/evidence.py --rows table4 fig3a readings --seeds 3 --jobs 2
+    python docs/evidence.py --rows labels --seeds 5 --classes rings rows columns checker
+    python docs/evidence.py --rows camvid --seeds 1 --data-root PATH/TO/camvid
+    python docs/evidence.py --rows table1 --data-root data/voc --ranks 8 [--dry-run]
 
-Each run is the real command, in runs/evidence/ROW-SEED, where it leaves about 250 MB; what is finished
-is not run again. gamma, confident share and CutMix are means over the last tenth of the log. "right"
-is the share of the teacher's final pseudo-labels that are, by the masks of the unlabelled images,
-which training does not see; beside it, that of the easiest and of the hardest quarter of them.
+Each run is the real command, in runs/evidence/ROW-SEED, where it leaves its folder (250 MB on shapes) and
+its output in a .log file; what is finished is not run again, and what was stopped is resumed. Flags
+behind `--` go to every run. mIoU is the teacher's at the last iteration, in percent, and beside it the
+best of all validations, which is what the paper's Tables 1-3 report. gamma, confident share and CutMix
+are means over the last tenth of the log. "right" is the share of the teacher's final pseudo-labels that
+are, by the masks of the unlabelled images, which training does not see; beside it, that of the easiest
+and of the hardest quarter of them.
 """
 
 import argparse
+import csv
+import itertools
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
@@ -24,37 +32,104 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from augment import weak_augment  # noqa: E402
-from data import IGNORE, normalize, open_data, picture_to_tensor  # noqa: E402
-from evaluate import load_model  # noqa: E402
+from augment import weak_augment  # noqa: E402 (the modules are beside docs/, not in it)
+from data import IGNORE, InputError, normalize, open_data, picture_to_tensor  # noqa: E402
+from evaluate import load_checkpoint, load_model  # noqa: E402
 from hardness import pseudo_label  # noqa: E402
+from train import parse_arguments  # noqa: E402
 
 STANDARD = "--loss standard --intensity standard --cutmix standard"
 # tau is the paper's for street scenes; the rest is what two cores can do.
 CAMVID = ("--dataset custom --split 1_8 --weights none --backbone resnet18 --channels 64 --image-size "
           "96 --crop-size 48 --scale 0.75 1.25 --batch-size 8 --lr 0.03 --ema 0.99 --tau 0.7 "
           "--iters 1000 --eval-every 5")
-RIGHT = ("right", "right_easiest", "right_hardest")
+TABLE4 = {  # row: its flags, the paper's mIoU (VOC 1/8, ResNet-101)
+    "supervised": ("--supervised", "72.1"),
+    "standard loss": ("--loss standard --intensity none --cutmix none", "74.7"),
+    "hardness loss": ("--intensity none --cutmix none", "75.5"),
+    "standard intensity": ("--loss standard --intensity standard --cutmix none", "75.4"),
+    "hardness intensity": ("--loss standard --cutmix none", "76.5"),
+    "standard CutMix": ("--loss standard --intensity none --cutmix standard", "76.1"),
+    "hardness CutMix": ("--loss standard --intensity none", "76.9"),
+    "standard": (STANDARD, "76.7"),
+    "HagSeg": ("", "77.9"),
+}
 GROUPS = {
-    "table4": {
-        "supervised": "--supervised",
-        "standard loss": "--loss standard --intensity none --cutmix none",
-        "hardness loss": "--intensity none --cutmix none",
-        "standard intensity": "--loss standard --intensity standard --cutmix none",
-        "hardness intensity": "--loss standard --cutmix none",
-        "standard CutMix": "--loss standard --intensity none --cutmix standard",
-        "hardness CutMix": "--loss standard --intensity none",
-        "standard": STANDARD,
-        "HagSeg": "",
-    },
-    "fig3a": {"HagSeg, confidence": "--hardness confidence", "HagSeg, loss": "--hardness loss",
-              "HagSeg as printed": "--as-printed"},
+    "table4": {row: flags for row, (flags, _) in TABLE4.items()},
+    "fig3a": {"HagSeg, confidence": "--hardness confidence", "HagSeg, loss": "--hardness loss"},
+    "readings": {"HagSeg": "", "HagSeg as printed": "--as-printed",
+                 "HagSeg as released": "--as-released"},
     # With lambda_u 3 and tau 0.95 it is the row HagSeg.
     "lambda": {f"lambda_u {value}": f"--lambda-u {value}" for value in (0.5, 1, 5)},
     "tau": {f"tau {value}": f"--tau {value}" for value in (0.5, 0.7, 0.85)},
+    # As many labels again as HagSeg's run had, chosen by its gamma; then anew from the same start.
+    "labels": {"HagSeg": "", **{f"HagSeg, {which} added": f"--split {{HagSeg}}/{which}.txt"
+                                for which in ("hardest", "random", "easiest")}},
 }
-GROUPS["camvid"] = {f"CamVid {row}": f"{CAMVID} {flags}" for group in ("table4", "fig3a")
+GROUPS["camvid"] = {f"CamVid {row}": f"{CAMVID} {flags}" for group in ("table4", "fig3a", "readings")
                     for row, flags in GROUPS[group].items()}
+GROUPS["camvid_labels"] = {f"CamVid {row}": f"{CAMVID} {flags.replace('{', '{CamVid ')}"
+                           for row, flags in GROUPS["labels"].items()}
+
+PAPER_CELLS = [  # table, data set, splits, row, flags, the paper's mIoU: Tables 1 to 3
+    ("table1", "voc", "1_16 1_8 1_4", [
+        ("supervised ResNet-50", "--supervised --backbone resnet50", "63.8 69.0 72.5"),
+        ("HagSeg ResNet-50", "--backbone resnet50", "74.8 76.5 77.0"),
+        ("HagSeg ResNet-50 stride 8", "--backbone resnet50 --output-stride 8", "75.9 76.7 77.1"),
+        ("supervised ResNet-101", "--supervised --backbone resnet101", "67.4 72.1 74.7"),
+        ("HagSeg ResNet-101", "--backbone resnet101", "76.5 77.9 78.1"),
+        ("HagSeg ResNet-101 stride 8", "--backbone resnet101 --output-stride 8", "77.2 78.4 79.3")]),
+    ("table2", "voc_classic", "1_16 1_8 1_4 1_2 full", [
+        ("supervised ResNet-101", "--supervised --backbone resnet101", "45.5 57.5 66.6 70.4 72.9"),
+        ("HagSeg ResNet-101", "--backbone resnet101", "68.8 74.4 78.5 79.5 81.2"),
+        ("HagSeg ResNet-101 stride 8", "--backbone resnet101 --output-stride 8",
+         "70.0 75.3 79.1 80.2 82.0")]),
+    ("table3", "cityscapes", "1_16 1_8 1_4 1_2", [
+        ("supervised ResNet-50", "--supervised --backbone resnet50", "64.0 69.2 73.0 76.4"),
+        ("HagSeg ResNet-50", "--backbone resnet50", "74.3 77.4 78.1 79.3"),
+        ("HagSeg ResNet-50 stride 8", "--backbone resnet50 --output-stride 8", "75.2 78.0 78.2 80.2")]),
+    ("voc_table4", "voc", "1_8", [
+        (row, f"{flags} --backbone resnet101", miou) for row, (flags, miou) in TABLE4.items()]),
+]
+PAPER = {}  # row: the paper's mIoU
+for table, dataset, splits, rows in PAPER_CELLS:
+    GROUPS[table] = {}
+    for row, flags, numbers in rows:
+        for split, number in zip(splits.split(), numbers.split(), strict=True):
+            GROUPS[table][f"{table} {row} {split}"] = f"--dataset {dataset} --split {split} {flags}"
+            PAPER[f"{table} {row} {split}"] = number
+
+# GiB of a GPU for 16 + 16 crops of 513 in bf16: 1.25 times what the network keeps for its backward pass.
+# Counted, not measured on a GPU; --accumulate overrides what follows from it.
+MEMORY = {("resnet50", 16): 18, ("resnet50", 8): 33, ("resnet101", 16): 24, ("resnet101", 8): 58}
+# What a run's log and its pseudo-labels say of it, and the names of these columns.
+LOGGED = {"hardness_mean": "gamma", "confident": "confident", "cutmix": "CutMix fired"}
+RIGHT = {"right": "right", "right_easiest": "of the easiest", "right_hardest": "of the hardest"}
+
+
+def accumulation(settings, ranks, memory):
+    """The smallest --accumulate with which the settings of a run fit into GPUs of `memory` GiB."""
+    images = settings.batch_size // ranks
+    need = (MEMORY.get((settings.backbone, settings.output_stride), 0) * (settings.crop_size / 513) ** 2
+            * images / 16 / (3 if settings.supervised else 1))  # the student sees B_x, and two views of B_u
+    fit = [n for n in range(1, images + 1) if images % n == 0 and need / n < memory]
+    return fit[0] if fit else images
+
+
+def folder(row, seed, args):
+    return args.out / f"{row.replace(' ', '_').replace(',', '')}-{seed}"
+
+
+def command(row, flags, seed, args):
+    """The command of a run, as a list; as it is printed it can be pasted into a shell."""
+    bases = {base: shlex.quote(str(folder(base, seed, args))) for base in args.bases}
+    more = [*shlex.split(flags.format_map(bases)), *args.flags, "--seed", str(seed),
+            "--out", str(folder(row, seed, args)),
+            *(["--data-root", args.data_root] if args.data_root else [])]
+    accumulate = args.accumulate or accumulation(parse_arguments(more), args.ranks or 1, args.memory)
+    return [*(["torchrun", f"--nproc_per_node={args.ranks}"] if args.ranks else ["python"]),
+            os.path.relpath(ROOT / "train.py"), *more,
+            *(["--accumulate", str(accumulate)] if accumulate > 1 else [])]
 
 
 @torch.inference_mode()
@@ -64,8 +139,8 @@ def pseudo_label_accuracy(out):
     teacher, checkpoint = load_model(out / "last.pth")
     settings = checkpoint["settings"]
     data = open_data(settings["dataset"], settings["data_root"])
-    logged = (line.split(",") for line in (out / "hardness.csv").read_text().splitlines())
-    gamma = {name: float(value) for _, name, value in logged}
+    with open(out / "hardness.csv", newline="") as file:
+        gamma = {name: float(value) for _, name, value in csv.reader(file)}
     counts = []  # right and all pseudo-labels of an image, from the easiest to the hardest
     for name in sorted(gamma, key=gamma.get):
         image = data.image(name)
@@ -81,59 +156,139 @@ def pseudo_label_accuracy(out):
     return [right / max(kept, 1) for right, kept in sums]
 
 
-def run(row, flags, seed, args):
-    out = args.out / f"{row.replace(' ', '_').replace(',', '')}-{seed}"
+def choose_labels(out, seed):
+    """Write hardest.txt, random.txt and easiest.txt into a finished run's folder: its labelled ids and
+    as many of its unlabelled ones, ranked by `predict.py --hardness`, which sees them as photographs."""
+    settings = load_checkpoint(out / "last.pth")["settings"]
+    data = open_data(settings["dataset"], settings["data_root"])
+    labelled, unlabelled = ((out / f"{part}labelled.txt").read_text().splitlines() for part in ("", "un"))
+    photographs, predictions = out / "photographs", out / "predictions"
+    photographs.mkdir(exist_ok=True)
+    for name in unlabelled:
+        data.image(name).save(photographs / f"{name}.png")
+    subprocess.run([sys.executable, ROOT / "predict.py", out / "last.pth", photographs, "--hardness",
+                    "--out", predictions], check=True, stdout=subprocess.DEVNULL)
+    with open(predictions / "hardness.csv", newline="") as file:
+        ranked = [Path(row["file"]).stem for row in csv.DictReader(file)]  # hardest first
+    drawn = np.random.default_rng(seed).permutation(sorted(ranked)).tolist()
+    for which, order in (("hardest", ranked), ("random", drawn), ("easiest", ranked[::-1])):
+        ids = labelled + order[:len(labelled)]
+        (out / f"{which}.txt").write_text("".join(f"{name}\n" for name in sorted(ids)))
+
+
+def run(row, flags, seed, call, args, done):
+    """Train a row with a seed by a command, unless that is finished, and return what it came to."""
+    for base in args.bases:  # whose choice of labels it takes
+        if f"{{{base}}}" in flags:
+            done[base, seed].result()
+    out, began = folder(row, seed, args), time.time()
     record = out / "evidence.json"
     if not record.exists():
-        command = [sys.executable, ROOT / "train.py", *flags.split(), "--seed", str(seed), "--out", out,
-                   *(["--data-root", args.data_root] if args.data_root else [])]
-        began = time.time()
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL,
-                       env=os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // args.jobs))})
+        args.out.mkdir(parents=True, exist_ok=True)
+        environment = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // args.jobs // (args.ranks or 1)))}
+        environment |= os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        with open(f"{out}.log", "a") as log:
+            subprocess.run(call, check=True, stdout=log, env=environment)
         found = {"seconds": time.time() - began}
-        if (out / "hardness.csv").exists():
+        if (out / "hardness.csv").exists() and row not in PAPER:
             found |= zip(RIGHT, pseudo_label_accuracy(out))
         record.write_text(json.dumps(found))
+    if row in args.bases and not (out / "easiest.txt").exists():
+        choose_labels(out, seed)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     trained = [line for line in lines if "loss" in line]
-    late = trained[-max(1, len(trained) // 10):]
-    means = {} if "--supervised" in flags else {
-        name: statistics.mean(line[name] for line in late)
-        for name in ("hardness_mean", "confident", "cutmix")}
-    return {"teacher": 100 * lines[-1]["miou_teacher"], "student": 100 * lines[-1]["miou_student"],
-            **means, **json.loads(record.read_text())}
+    validated = [line["miou_teacher"] for line in lines if "miou_teacher" in line]
+    found = json.loads(record.read_text()) | {
+        "teacher": 100 * validated[-1], "student": 100 * lines[-1]["miou_student"],
+        "best": 100 * max(validated), "which": f"{np.argmax(validated) + 1} of {len(validated)}"}
+    if "--supervised" not in flags:
+        late = trained[-max(1, len(trained) // 10):]
+        found |= {name: statistics.mean(line[name] for line in late) for name in LOGGED}
+    # A row of result.txt: a class, the teacher's IoU, the student's.
+    iou = {line[:-20].strip(): line[-20:-10] for line in (out / "result.txt").read_text().splitlines()}
+    return found | {label: float(iou[label]) for label in args.classes}
+
+
+def table_row(row, results, columns):
+    """A line of the table: means over the seeds, with their standard deviation where it is mIoU."""
+    def cell(name):
+        values = [result[name] for result in results if name in result]
+        if not values:
+            return ""
+        digits = 2 if name in LOGGED | RIGHT else 0 if name == "seconds" else 1
+        text = f"{statistics.mean(values):.{digits}f}"
+        if len(values) > 1:
+            return text + (f" ± {statistics.stdev(values):.1f}" if digits == 1 else "")
+        return text + (f" ({results[0]['which']})" if name == "best" else "")
+
+    return f"| {row} | {PAPER.get(row, '')} | {len(results)} | {' | '.join(map(cell, columns))} |"
 
 
 def main():
     parser = argparse.ArgumentParser(description="Run and tabulate comparisons of settings.")
     parser.add_argument("--rows", nargs="+", choices=GROUPS, default=["table4"], help="groups of rows")
     parser.add_argument("--only", nargs="+", metavar="ROW", help="of these groups, only these rows")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 1, 2, ... of each row")
-    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, sharing the cores")
+    parser.add_argument("--seeds", type=int, default=1, help="seeds 1, 2, ... of each row")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, sharing the cores")
+    parser.add_argument("--ranks", type=int, metavar="N", help="torchrun with N processes, a GPU each")
+    parser.add_argument("--accumulate", type=int, metavar="N",
+                        help="of train.py (default: what the GPUs' memory asks for)")
+    parser.add_argument("--memory", type=float, metavar="GIB", help="of a GPU (default: as it is here)")
+    parser.add_argument("--classes", nargs="+", default=[], metavar="NAME", help="report their IoU too")
     parser.add_argument("--data-root")
     parser.add_argument("--out", type=Path, default=Path("runs/evidence"))
+    parser.add_argument("--dry-run", action="store_true", help="print the commands, and run nothing")
+    parser.add_argument("flags", nargs="*", metavar="-- FLAG", help="more flags of train.py, for all rows")
     args = parser.parse_args()
     torch.set_num_threads(1)
     seeds = range(1, args.seeds + 1)
-    rows = {row: flags for group in args.rows for row, flags in GROUPS[group].items()
-            if not args.only or row in args.only}
-    with ThreadPoolExecutor(args.jobs) as pool:
+    rows = {row: flags for group in args.rows for row, flags in GROUPS[group].items()}
+    unknown = {*(args.only or [])} - {*rows}
+    if unknown:
+        parser.error(f"--only {shlex.join(sorted(unknown))}: not in these groups, which hold "
+                     f"{shlex.join(rows)}")
+    args.bases = [row for row in rows if any(f"{{{row}}}" in flags for flags in rows.values())]
+    rows = {row: flags for row, flags in rows.items()
+            if not args.only or row in args.only or row in args.bases}
+    if args.memory is None:
+        gpus = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+        args.memory = min((gpu.total_memory / 2 ** 30 for gpu in gpus), default=float("inf"))
+    try:
         # Seed by seed, so that what is stopped early holds all rows.
-        done = {(row, seed): pool.submit(run, row, flags, seed, args)
-                for seed in seeds for row, flags in rows.items()}
-    print("| row | seeds | teacher mIoU | student mIoU | gamma | confident | right | of the easiest | "
-          "of the hardest | CutMix fired | s a run |\n" + "|---" * 11 + "|")
+        calls = {(row, seed): command(row, rows[row], seed, args)
+                 for seed, row in itertools.product(seeds, rows)}
+    except InputError as error:
+        parser.error(str(error))
+    if args.dry_run:
+        print("\n".join(map(shlex.join, calls.values())))
+        return
+    done, failed = {}, False
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for (row, seed), call in calls.items():
+            done[row, seed] = pool.submit(run, row, rows[row], seed, call, args, done)
+        try:
+            wait(done.values())
+        except KeyboardInterrupt:  # the runs have it too, and save
+            pool.shutdown(cancel_futures=True)
+            sys.exit("evidence.py: stopped; the same command resumes")
+    columns = {"teacher": "teacher mIoU", "student": "student", "best": "teacher's best"}
+    columns |= {label: label for label in args.classes}
+    if any(row not in PAPER for row in rows):
+        columns |= LOGGED | RIGHT
+    columns["seconds"] = "s a run"
+    print(f"| row | the paper's | seeds | {' | '.join(columns.values())} |\n"
+          + "|---" * (len(columns) + 3) + "|")
     for row in rows:
-        results = [done[row, seed].result() for seed in seeds]
-
-        def cell(name, digits):
-            values = [result[name] for result in results if name in result]
-            spread = f" ± {statistics.stdev(values):.{digits}f}" if digits == 1 and len(values) > 1 else ""
-            return f"{statistics.mean(values):.{digits}f}{spread}" if values else ""
-
-        print(f"| {row} | {len(results)} | {cell('teacher', 1)} | {cell('student', 1)} | "
-              + " | ".join(cell(name, 2) for name in ("hardness_mean", "confident", *RIGHT, "cutmix"))
-              + f" | {cell('seconds', 0)} |")
+        results = []
+        for seed in seeds:
+            try:
+                results.append(done[row, seed].result())
+            except subprocess.CalledProcessError as error:
+                failed = True
+                print(f"{row}, seed {seed}: {shlex.join(map(str, error.cmd))} ended with "
+                      f"{error.returncode}; see {folder(row, seed, args)}.log", file=sys.stderr)
+        print(table_row(row, results, columns))
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

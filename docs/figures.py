@@ -8,6 +8,7 @@ unlabelled images by their last gamma; below, the four hardest.
 """
 
 import argparse
+import csv
 import json
 import sys
 from collections import defaultdict
@@ -35,7 +36,7 @@ def curve(records, traces, size=(640, 320), margin=40):
               for side in (1, -1)]
     draw.polygon(bounds[0] + bounds[1][::-1], fill=BAND)
     draw.line([point(r["iteration"], r["hardness_mean"]) for r in records], fill=MEAN, width=3)
-    for (name, trace), ink in zip(traces.items(), (EASY, HARD)):
+    for trace, ink in zip(traces.values(), (EASY, HARD)):
         draw.line([point(*p) for p in trace], fill=ink, width=1)
     for tick in (0, 0.5, 1):
         draw.text((8, point(0, tick)[1] - 6), f"{tick:.1f}", fill="black")
@@ -69,9 +70,9 @@ def main():
     settings = json.loads((args.run / "settings.json").read_text())
     records = [json.loads(line) for line in (args.run / "metrics.jsonl").read_text().splitlines()]
     traces = defaultdict(list)
-    for line in (args.run / "hardness.csv").read_text().splitlines():
-        iteration, name, gamma = line.split(",")
-        traces[name].append((int(iteration), float(gamma)))
+    with open(args.run / "hardness.csv", newline="") as file:
+        for iteration, name, gamma in csv.reader(file):
+            traces[name].append((int(iteration), float(gamma)))
     mean = {name: sum(g for _, g in trace) / len(trace) for name, trace in traces.items()}
     easy, hard = min(mean, key=mean.get), max(mean, key=mean.get)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -80,8 +81,7 @@ def main():
 
     data = open_data(settings["dataset"], args.data_root)
     ranked = sorted(traces, key=lambda name: traces[name][-1][1])
-    caption = lambda name: f"{name} {traces[name][-1][1]:.2f}"
-    sheet([[(data.image(name).convert("RGB"), caption(name)) for name in names]
+    sheet([[(data.image(name).convert("RGB"), f"{name} {traces[name][-1][1]:.2f}") for name in names]
            for names in (ranked[:4], ranked[-4:])]).save(args.out / "extremes.png")
 
 

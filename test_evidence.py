@@ -1,0 +1,190 @@
+"""The tables by one command: every cell of the paper's, and runs on a made-up tree of the real layout."""
+
+import csv
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "docs"))
+import evidence  # noqa: E402 (it lies in docs/)
+
+from train import parse_arguments  # noqa: E402
+
+TINY = ["--backbone", "resnet18", "--channels", "8", "--crop-size", "33", "--batch-size", "2",
+        "--weights", "none", "--iters", "2"]
+
+
+def tables(*arguments, cwd=ROOT):
+    return subprocess.run([sys.executable, ROOT / "docs" / "evidence.py", *map(str, arguments)], text=True,
+                          cwd=cwd, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def voc(root):
+    """VOC's layout and its numbers: 10,582 training images, 1,464 of them VOC's own, and 2 for validation.
+    All photographs are one file, and all masks another, hard-linked."""
+    first = root / "first"
+    for name in ("photograph.jpg", "mask.png"):
+        first.mkdir(parents=True, exist_ok=True)
+        pixels = np.arange(12 * 16, dtype=np.uint8).reshape(12, 16) % 21
+        Image.fromarray(pixels).convert("RGB" if name[0] == "p" else "L").save(first / name)
+    ids = [f"2007_{i:06d}" for i in range(10584)]
+    for folder, suffix, source in (("JPEGImages", ".jpg", "photograph.jpg"),
+                                   ("SegmentationClassAug", ".png", "mask.png")):
+        (root / folder).mkdir()
+        for name in ids:
+            os.link(first / source, root / folder / f"{name}{suffix}")
+    lists = root / "ImageSets" / "Segmentation"
+    lists.mkdir(parents=True)
+    (lists / "val.txt").write_text("".join(f"{name}\n" for name in ids[:2]))
+    (lists / "train.txt").write_text("".join(f"{name}\n" for name in ids[2:1466]))
+    return root
+
+
+def test_every_cell_of_the_papers_tables_is_a_command_of_its_protocol(tmp_path):
+    printed = tables("--rows", "table1", "table2", "table3", "voc_table4", "--ranks", 8, "--dry-run",
+                     "--data-root", "some where", "--out", tmp_path / "runs")
+    assert printed.returncode == 0, printed.stderr
+    commands = [shlex.split(line) for line in printed.stdout.splitlines()]
+    assert len(commands) == 6 * 3 + 3 * 5 + 3 * 4 + 9 == len({command[-3] for command in commands})
+    assert not list(tmp_path.iterdir())
+    cells = set()
+    for launcher, ranks, script, *flags in commands:
+        assert (launcher, ranks, script) == ("torchrun", "--nproc_per_node=8", "train.py")
+        settings = parse_arguments(flags)
+        assert settings.data_root == "some where" and settings.batch_size == 16
+        assert settings.crop_size == (769 if settings.dataset == "cityscapes" else 513)
+        cells.add((settings.dataset, settings.backbone, settings.output_stride, settings.split,
+                   settings.supervised, settings.loss, settings.intensity, settings.cutmix))
+    hagseg = ("hardness",) * 3
+    assert ("voc", "resnet50", 8, "1_4", False, *hagseg) in cells             # Table 1: 77.1
+    assert ("voc_classic", "resnet101", 16, "full", True, *hagseg) in cells   # Table 2: 72.9
+    assert ("cityscapes", "resnet50", 8, "1_2", False, *hagseg) in cells      # Table 3: 80.2
+    assert ("voc", "resnet101", 16, "1_8", False, "standard", "hardness", "none") in cells  # Table 4: 76.5
+
+
+def test_the_papers_numbers_lie_beside_their_cells():
+    for cell, number in (("table1 HagSeg ResNet-50 1_8", "76.5"),
+                         ("table1 supervised ResNet-101 1_4", "74.7"),
+                         ("table1 HagSeg ResNet-101 stride 8 1_16", "77.2"),
+                         ("table2 HagSeg ResNet-101 1_2", "79.5"), ("table3 HagSeg ResNet-50 1_16", "74.3"),
+                         ("voc_table4 standard CutMix 1_8", "76.1")):
+        assert evidence.PAPER[cell] == number
+
+
+@pytest.mark.parametrize("flags, ranks, memory, expected", [
+    ("", 1, float("inf"), 1),                                       # no GPU
+    ("", 1, 24, 1),                                                 # 18 GiB for 16 + 16
+    ("", 1, 11, 2),
+    ("", 4, 11, 1),                                                 # 4 + 4 on each
+    ("--backbone resnet101 --output-stride 8", 1, 24, 4),           # 58 GiB
+    ("--backbone resnet101 --output-stride 8 --supervised", 1, 24, 1),
+    ("--crop-size 769", 1, 24, 2),                                  # 2.25 times as many pixels
+    ("", 1, 0.1, 16)])                                              # at most an image at a time
+def test_accumulation_follows_from_the_memory(flags, ranks, memory, expected):
+    settings = parse_arguments(["--dataset", "voc", *flags.split()])
+    assert evidence.accumulation(settings, ranks, memory) == expected
+
+
+@pytest.mark.slow
+def test_a_table_on_the_real_layout_runs_stops_and_resumes(tmp_path):
+    wanted = ["table1 supervised ResNet-50 1_8", "table1 HagSeg ResNet-50 1_8"]
+    call = ("--rows", "table1", "--only", *wanted, "--data-root", voc(tmp_path / "voc"), "--out", "runs",
+            "--classes", "aeroplane", "--", *TINY)
+    first = tables(*call, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    header, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]]
+                        for line in first.stdout.splitlines()]
+    assert header[:3] == ["row", "the paper's", "seeds"] and "aeroplane" in header
+    assert [row[:3] for row in rows] == [[wanted[0], "69.0", "1"], [wanted[1], "76.5", "1"]]
+    run = tmp_path / "runs" / "table1_HagSeg_ResNet-50_1_8-1"
+    assert len((run / "labelled.txt").read_text().splitlines()) == 1323
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    found = dict(zip(header, rows[1]))
+    assert found["teacher mIoU"] == f"{100 * last['miou_teacher']:.1f}"
+    assert float(found["aeroplane"]) < 100
+    assert found["teacher's best"] == f"{100 * last['miou_teacher']:.1f} (1 of 1)"
+
+    # Stopped before the second cell was finished: the first is not run again, the second is.
+    before = (run / "last.pth").stat().st_mtime_ns
+    other = tmp_path / "runs" / "table1_supervised_ResNet-50_1_8-1"
+    (other / "evidence.json").unlink()
+    again = tables(*call, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert (run / "last.pth").stat().st_mtime_ns == before and (other / "evidence.json").exists()
+
+    # A printed command, pasted, finds the run finished.
+    printed = tables("--dry-run", *call, cwd=tmp_path).stdout.splitlines()
+    pasted = subprocess.run(printed[1], shell=True, cwd=tmp_path, text=True, capture_output=True,
+                            env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
+    assert pasted.returncode == 0 and "mean IoU" in pasted.stdout, pasted.stderr
+
+
+@pytest.mark.slow
+def test_a_failed_cell_is_named_and_the_others_go_on(tmp_path):
+    call = ("--rows", "lambda", "--only", "lambda_u 1", "lambda_u 5", "--out", tmp_path / "runs", "--", *TINY)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "lambda_u_1-1").write_text("in the way")
+    result = tables(*call)
+    assert result.returncode == 1 and "lambda_u 1, seed 1" in result.stderr and "--out" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert "| lambda_u 5 |  | 1 |" in result.stdout
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_the_run_and_those_behind_it_and_the_same_command_resumes(tmp_path):
+    command = [sys.executable, ROOT / "docs" / "evidence.py", "--rows", "tau", "--out", tmp_path,
+               "--", *TINY[:-1], "2000"]
+    stopped = subprocess.Popen(command, start_new_session=True, text=True, stderr=subprocess.PIPE)
+    while not (tmp_path / "tau_0.5-1" / "metrics.jsonl").exists():
+        assert stopped.poll() is None
+        time.sleep(0.1)
+    os.killpg(stopped.pid, signal.SIGINT)
+    assert "the same command resumes" in stopped.communicate()[1] and stopped.returncode == 1
+    assert (tmp_path / "tau_0.5-1" / "last.pth").exists() and not (tmp_path / "tau_0.7-1").exists()
+    lines = (tmp_path / "tau_0.5-1" / "metrics.jsonl").read_text()
+    resumed = subprocess.Popen(command, start_new_session=True, text=True, stderr=subprocess.PIPE)
+    while (tmp_path / "tau_0.5-1" / "metrics.jsonl").read_text() == lines:
+        assert resumed.poll() is None
+        time.sleep(0.1)
+    os.killpg(resumed.pid, signal.SIGINT)
+    resumed.communicate()
+    assert (tmp_path / "tau_0.5-1" / "metrics.jsonl").read_text().startswith(lines)
+
+
+def test_unknown_rows_and_bad_flags_are_refused_before_anything_runs(tmp_path):
+    unknown = tables("--rows", "tau", "--only", "tau 2", "--out", tmp_path / "runs")
+    assert unknown.returncode == 2 and "'tau 0.5'" in unknown.stderr
+    bad = tables("--rows", "tau", "--out", tmp_path / "runs", "--", "--tauu", 1)
+    assert bad.returncode == 2 and "--tauu" in bad.stderr and not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_labels_are_chosen_by_the_hardness_of_predict(tmp_path):
+    result = tables("--rows", "labels", "--out", tmp_path, "--", *TINY)
+    assert result.returncode == 0, result.stderr
+    base = tmp_path / "HagSeg-1"
+    lists = {name: (base / f"{name}.txt").read_text().splitlines()
+             for name in ("labelled", "unlabelled", "hardest", "random", "easiest")}
+    with open(base / "predictions" / "hardness.csv", newline="") as file:
+        gamma = {Path(row["file"]).stem: float(row["gamma"]) for row in csv.DictReader(file)}
+    assert set(gamma) == set(lists["unlabelled"])
+    added = {which: set(lists[which]) - set(lists["labelled"]) for which in ("hardest", "random", "easiest")}
+    assert all(len(names) == 16 and set(lists["labelled"]) <= set(lists[which])
+               for which, names in added.items())
+    assert min(gamma[name] for name in added["hardest"]) >= max(
+        gamma[name] for name in set(gamma) - added["hardest"])
+    assert max(gamma[name] for name in added["easiest"]) <= min(
+        gamma[name] for name in set(gamma) - added["easiest"])
+    for which in added:
+        run = tmp_path / f"HagSeg_{which}_added-1"
+        assert (run / "labelled.txt").read_text().splitlines() == lists[which]
