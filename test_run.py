@@ -7,15 +7,20 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import data
+import evaluate
 import train
 from run import METRICS
 from test_data import custom, save
@@ -35,7 +40,7 @@ def test_the_command_trains_validates_and_leaves_its_results(finished):
     out, result = finished
     assert {p.name for p in out.iterdir() if p.is_file()} == {
         "best.pth", "hardness.csv", "labelled.txt", "last.pth", "lock", "metrics.jsonl",
-        "predictions.png", "result.txt", "settings.json", "unlabelled.txt"}
+        "predictions.png", "result.txt", "settings.json", "unlabelled.txt", "val.txt"}
     records = lines(out)
     assert [r["iteration"] for r in records] == [2, 4, 6, 6]
     assert set(METRICS) <= records[0].keys() and {"miou_teacher", "miou_student"} <= records[-1].keys()
@@ -71,79 +76,227 @@ def test_the_same_command_again_reports_the_finished_run(finished):
     assert (out / "last.pth").stat().st_mtime_ns == before
 
 
-def run_main(argv):
-    # Loader processes are forked; a forkserver of this process's own would import torch once more.
+def rank_main(argv, moment):
+    """train.main as one rank. At the moment (what, count, signal) it sends itself the signal: in a step
+    of that iteration, or while it predicts that many images for a validation."""
+    # Loader processes of one rank are forked; a forkserver of this process's own would import torch anew.
     multiprocessing.set_start_method("fork", force=True)
     torch.set_num_threads(1)
     os.setpgrp()
+    data.Shapes.TRAIN, data.Shapes.VAL = 24, 5  # an epoch of 6 iterations, and a short validation
+    what, count, signum = moment or ("", 0, 0)
+    seen = iter(range(1, 10 ** 6))
+    if what == "ignored":
+        signal.signal(signum, signal.SIG_IGN)
+    step, predict = train.train_step, evaluate.predict
+
+    def watched_step(*args):
+        if (what, count) in (("step", args[4]), ("ignored", args[4])):
+            os.kill(os.getpid(), signum)
+        return step(*args)
+
+    def watched_predict(*args):
+        if what == "image" and next(seen) == count:
+            os.kill(os.getpid(), signum)
+        return predict(*args)
+
+    train.train_step, evaluate.predict = watched_step, watched_predict
     train.main(argv)
 
 
-def start(argv):
-    """train.main in a process of its own, forked from one that has imported torch already."""
+def start(argv, ranks=1, moments=()):
+    """Ranks of train.main, forked from a process that has imported torch already. moments: rank -> moment."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train"])
-    process = context.Process(target=run_main, args=([str(a) for a in argv],))
-    process.start()
-    return process
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    processes = []
+    for rank in range(ranks):
+        environment = address | {"RANK": str(rank), "WORLD_SIZE": str(ranks)}
+        processes.append(context.Process(target=with_environment, args=(
+            environment, [str(a) for a in argv], dict(moments).get(rank))))
+        processes[-1].start()
+    return processes
 
 
-def state_of(out):
+def with_environment(environment, argv, moment):
+    os.environ |= environment
+    rank_main(argv, moment)
+
+
+def exit_codes(processes, timeout=120):
+    deadline = time.monotonic() + timeout
+    for process in processes:
+        process.join(max(0, deadline - time.monotonic()))
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return codes
+
+
+def contents(out):
+    """What two equal runs have in common: name -> tensor or plain value."""
     state = torch.load(out / "last.pth", weights_only=True)
-    tensors = {f"{part}.{name}": t for part in ("student", "teacher") for name, t in state[part].items()}
-    tensors |= {f"momentum.{i}": s["momentum_buffer"] for i, s in state["optimizer"]["state"].items()}
-    return tensors | {"best": torch.tensor(state["best"]["miou"])}
+    found = {f"{part}.{name}": t for part in ("student", "teacher") for name, t in state[part].items()}
+    found |= {f"momentum.{i}": s["momentum_buffer"] for i, s in state["optimizer"]["state"].items()}
+    best = torch.load(out / "best.pth", weights_only=True)
+    found |= {f"best.{name}": t for name, t in best["teacher"].items()} | {"best": state["best"]}
+    for log in ("hardness.csv", "result.txt"):
+        found[log] = (out / log).read_text() if (out / log).exists() else None
+    found["metrics"] = [{k: v for k, v in json.loads(line).items() if k != "images_per_second"}
+                        for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return found | {"tensorboard": scalars(out)}
 
 
-@pytest.mark.parametrize("flags", [[], ["--supervised"], ["--workers", "2"],
-                                   ["--supervised", "--workers", "2"]])
-def test_a_run_killed_at_random_moments_ends_in_the_same_bits(tmp_path, flags):
-    # Every other iteration is saved, so about half of the kills hit a checkpoint being written.
-    arguments = [*TINY, "--iters", 20, "--checkpoint-every", 2, "--log-every", 3, *flags]
-    whole = start([*arguments, "--out", tmp_path / "whole"])
-    rng, kills = random.Random(str(flags)), 0
-    out = tmp_path / "killed"
-    while kills < 10:
-        process = start([*arguments, "--out", out])
-        process.join(rng.uniform(0.5, 1.6))
-        if process.exitcode == 0:  # finished too early: begin again
-            shutil.rmtree(out)
-            continue
-        os.kill(process.pid, signal.SIGKILL)
+def scalars(out):
+    """What TensorBoard reads: name -> [(step, value), ...]."""
+    try:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    except ImportError:
+        return {}
+    events = EventAccumulator(str(out / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+            if tag != "images_per_second"}
+
+
+def assert_same_run(one, other):
+    one, other = contents(one), contents(other)
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert value.equal(other[name]) if torch.is_tensor(value) else value == other[name], name
+
+
+SHORT = [*TINY, "--iters", 12, "--eval-every", 1, "--log-every", 4]  # validations after 6 and 12
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_run_stopped_anywhere_also_while_it_validates_ends_in_the_same_bits(tmp_path, ranks):
+    whole, out, last = start([*SHORT, "--out", tmp_path / "whole"], ranks), tmp_path / "out", ranks - 1
+    # With two ranks, rank 0 has 3 images to validate on, and rank 1 two.
+    images = -(-5 // ranks)
+    for rank, moment, saved, due in [
+            (0, ("step", 3, signal.SIGTERM), 4, False),
+            (last, ("image", 1, signal.SIGUSR1), 6, True),
+            (0, ("image", 2, signal.SIGHUP), 6, True),  # the validation that is made up
+            (0, ("image", images + 2, signal.SIGINT), 12, True)]:  # the last one, of two networks
+        assert exit_codes(start([*SHORT, "--out", out], ranks, {rank: moment})) == [1] * ranks
+        state = torch.load(out / "last.pth", weights_only=True)
+        assert (state["iteration"], state["validation_due"]) == (saved, due)
+    assert exit_codes(start([*SHORT, "--out", out], ranks)) == [0] * ranks
+    assert exit_codes(whole) == [0] * ranks
+    assert_same_run(tmp_path / "whole", out)
+    assert [r["iteration"] for r in lines(out)] == [4, 6, 8, 12, 12]
+
+
+def test_a_hangup_that_is_ignored_stays_ignored(tmp_path):  # as under nohup
+    moments = {0: ("ignored", 1, signal.SIGHUP)}
+    assert exit_codes(start([*TINY, "--iters", 2, "--out", tmp_path / "out"], moments=moments)) == [0]
+
+
+def kill_randomly(processes, rng):
+    """-9 for all ranks, or for one, or a signal to one. Returns whether the run had ended before."""
+    if all(process.exitcode == 0 for process in processes):
+        return False
+    chosen = rng.choice(processes)
+    for process in processes if rng.random() < 0.3 else [chosen]:
+        process.join(0)
+        if process.exitcode is None:
+            os.kill(process.pid, rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1]))
+    # A rank that was killed cannot tell the others, so torchrun does; here it is done for it.
+    deadline = time.monotonic() + 20
+    while all(process.exitcode in (None, 1) for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.05)
+        if all(process.exitcode == 1 for process in processes):
+            return True
+    for process in processes:
+        process.kill()
         process.join()
-        kills += 1
-    process = start([*arguments, "--out", out])
-    for finishing in (whole, process):
-        finishing.join(120)
-        assert finishing.exitcode == 0
-    expected, found = state_of(tmp_path / "whole"), state_of(out)
-    assert expected.keys() == found.keys()
-    assert all(expected[name].equal(found[name]) for name in expected)
-    assert lines(out) == lines(tmp_path / "whole")
-    if not any("supervised" in flag for flag in flags):
-        assert (out / "hardness.csv").read_text() == (tmp_path / "whole" / "hardness.csv").read_text()
+    return True
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("ranks", [None, 2])
-def test_a_signal_saves_and_says_how_to_resume(tmp_path, signum, ranks):
-    # The whole process group gets it, as with Ctrl-C: torchrun, the ranks and their loaders.
-    out = tmp_path / "out"
-    starter = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if ranks else []
-    process = subprocess.Popen([sys.executable, *starter, str(HERE / "train.py"), *TINY, "--iters",
-                                "500", "--workers", "1", "--out", str(out)], stderr=subprocess.PIPE,
-                               text=True, cwd=HERE, stdout=subprocess.DEVNULL, start_new_session=True,
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks, flags", [(1, ""), (1, "--workers 2"), (2, ""), (2, "--workers 2"),
+                                          (1, "--supervised --workers 2")])
+def test_a_run_killed_at_random_moments_ends_in_the_same_bits(tmp_path, ranks, flags):
+    # Every other iteration is saved, and every third validated, so the kills hit either at work.
+    arguments = [*SHORT, "--iters", 30, "--checkpoint-every", 2, *flags.split()]
+    began = time.monotonic()
+    assert exit_codes(start([*arguments, "--out", tmp_path / "whole"], ranks)) == [0] * ranks
+    seconds = time.monotonic() - began
+    rng, kills, out = random.Random(f"{ranks} {flags}"), 0, tmp_path / "killed"
+    while kills < 10:
+        processes = start([*arguments, "--out", out], ranks)
+        time.sleep(rng.uniform(0.3, 1) * seconds)
+        if kill_randomly(processes, rng):
+            kills += 1
+        else:
+            assert_same_run(tmp_path / "whole", out)
+            shutil.rmtree(out)  # finished: begin again
+    assert exit_codes(start([*arguments, "--out", out], ranks)) == [0] * ranks
+    assert_same_run(tmp_path / "whole", out)
+
+
+def started(out, *flags, ranks=None):
+    """The real command, in a process group of its own, once it trains."""
+    starter = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
+    process = subprocess.Popen([sys.executable, *starter, str(HERE / "train.py"), *map(str, flags), "--out",
+                                str(out)], stderr=subprocess.PIPE, text=True, cwd=HERE,
+                               stdout=subprocess.DEVNULL, start_new_session=True,
                                env=os.environ | {"OMP_NUM_THREADS": "1"})
     while not (out / "metrics.jsonl").exists():
         time.sleep(0.1)
         assert process.poll() is None
-    os.killpg(process.pid, signum)
-    _, errors = process.communicate(timeout=60)
+    return process
+
+
+def alive(out):
+    """The processes that write to a folder."""
+    found = []
+    for line in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if str(out).encode() in line.read_bytes():
+                found.append(line)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks, group, signum", [
+    (None, True, signal.SIGINT), (2, True, signal.SIGINT), (2, False, signal.SIGTERM),
+    (2, False, signal.SIGUSR1)])
+def test_a_signal_saves_says_how_to_resume_and_leaves_no_rank_alone(tmp_path, ranks, group, signum):
+    # Ctrl-C reaches the whole process group: torchrun, the ranks and their loaders. A scheduler may
+    # tell torchrun alone, which passes SIGTERM on, and dies of SIGUSR1.
+    out = tmp_path / "out"
+    process = started(out, *TINY, "--iters", 500, "--workers", 1, ranks=ranks)
+    (os.killpg if group else os.kill)(process.pid, signum)
+    _, errors = process.communicate(timeout=100)
     assert process.returncode != 0
     said = [line for line in errors.splitlines() if line.startswith("train.py: ")]
     assert len(said) == 1 and "the same command resumes it" in said[0] and "leaked" not in errors
     iteration = torch.load(out / "last.pth", weights_only=True)["iteration"]
     assert f"saved iteration {iteration}" in said[0]
+    deadline = time.monotonic() + 30
+    while alive(out) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not alive(out)
+
+
+def stop_handlers():
+    return [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP,
+                                          signal.SIGCHLD)]
+
+
+def test_signals_are_handled_as_before_once_main_returns_or_raises(tmp_path, monkeypatch):
+    before, during = stop_handlers(), []
+    step = train.train_step
+    monkeypatch.setattr(train, "train_step", lambda *a: (during.append(stop_handlers()), step(*a))[1])
+    flags = [*TINY, "--iters", "1", "--workers", "1", "--out"]
+    train.main([*flags, str(tmp_path / "out")])
+    assert stop_handlers() == before and during[0] != before
+    with pytest.raises(SystemExit):
+        train.main([*flags, str(tmp_path / "other"), "--lr", "1e30", "--iters", "3"])
+    assert stop_handlers() == before
 
 
 def test_a_full_disk_ends_the_run_with_one_line_and_keeps_the_checkpoint(tmp_path):
