@@ -8,6 +8,7 @@ from one iteration to the next, so a run can resume anywhere, on any number of r
 
 import re
 import signal
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -20,6 +21,9 @@ from PIL import ExifTags, Image, ImageOps
 
 import augment
 from shapes import SHAPES_CLASSES, draw_shapes
+
+if sys.version_info < (3, 10):  # every command comes by here
+    sys.exit(f"HagSeg needs Python 3.10 or later; this is {sys.version_info[0]}.{sys.version_info[1]}")
 
 IGNORE = 255
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's

@@ -1,5 +1,8 @@
 """A run's folder: the real command whole, killed, stopped, resumed, refused."""
 
+import ast
+import errno
+import io
 import json
 import multiprocessing
 import os
@@ -12,12 +15,13 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 
 import data
 import evaluate
@@ -299,24 +303,89 @@ def test_signals_are_handled_as_before_once_main_returns_or_raises(tmp_path, mon
     assert stop_handlers() == before
 
 
-def test_a_full_disk_ends_the_run_with_one_line_and_keeps_the_checkpoint(tmp_path):
-    out = tmp_path / "out"
-    assert launch(*TINY, "--iters", 4, "--checkpoint-every", 2, "--out", out).returncode == 0
-    state = torch.load(out / "last.pth", weights_only=True)
+def shrink(patch):
+    """The embedded data set with an epoch of 6 iterations and 5 validation images."""
+    patch.setattr(data.Shapes, "TRAIN", 24)
+    patch.setattr(data.Shapes, "VAL", 5)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    shrink(monkeypatch)
+
+
+def run(*flags):
+    """train.main in this process: (exit code, stdout, stderr)."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            train.main([str(flag) for flag in flags])
+        except SystemExit as end:
+            code = end.code
+    return code, out.getvalue(), err.getvalue()
+
+
+def run_until(iteration, *flags):
+    """The same, stopped by a signal in that iteration."""
+    step = train.train_step
+
+    def watched(*args):
+        if args[4] == iteration:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "train_step", watched)
+        code, _, err = run(*flags)
+    assert code == 1 and f"stopped by a signal; saved iteration {iteration + 1}" in err, err
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of 8 iterations that nothing stopped."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        shrink(patch)
+        assert run(*EIGHT, "--out", out)[0] == 0
+    return out
+
+
+EIGHT = [*TINY, "--iters", 8, "--eval-every", 1]
+
+
+@pytest.mark.parametrize("name", ["last.pth.tmp", "best.pth.tmp", "result.txt.tmp", "predictions.png",
+                                  "metrics.jsonl", "hardness.csv", "tensorboard/events.out.tfevents.0"])
+def test_a_full_disk_ends_the_run_with_one_line_and_leaves_all_as_it_was(tmp_path, small, name):
+    if "tensorboard" in name:
+        pytest.importorskip("tensorboard")
+    out, file = tmp_path / "out", tmp_path / "out" / name
+    run_until(3, *EIGHT, "--out", out)
     before = (out / "last.pth").read_bytes()
-    (out / "settings.json").write_text((out / "settings.json").read_text().replace(
-        '"iters": 4', '"iters": 8'))
-    # /dev/full refuses every byte, as a full disk does.
-    (out / "last.pth.tmp").symlink_to("/dev/full")
-    result = launch(*TINY, "--iters", 8, "--checkpoint-every", 2, "--out", out)
-    assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert "No space left on device" in result.stderr and "last.pth" in result.stderr
-    assert (out / "last.pth").read_bytes() == before and state["iteration"] == 4
+    if file.exists():
+        file.rename(tmp_path / "kept")
+    file.symlink_to("/dev/full")  # which refuses every byte, as a full disk does
+    code, _, err = run(*EIGHT, "--out", out)
+    assert code == 1 and len(err.splitlines()) == 1 and "No space left on device" in err
+    assert "make room, and the same command resumes" in err and str(out) in err
+    assert (out / "last.pth").read_bytes() == before and not list(out.glob("*.tmp"))
+    file.unlink(missing_ok=True)
+    if (tmp_path / "kept").exists():
+        (tmp_path / "kept").rename(file)
+    assert run(*EIGHT, "--out", out)[0] == 0
+    assert run(*EIGHT, "--out", tmp_path / "whole")[0] == 0
+    assert_same_run(tmp_path / "whole", out)
+
+
+def test_a_disk_that_is_full_at_the_start_is_said(tmp_path):
+    (tmp_path / "settings.json.tmp").symlink_to("/dev/full")
+    code, _, err = run(*EIGHT, "--out", tmp_path)
+    assert code == 2 and len(err.splitlines()) == 1 and "No space left on device); make room" in err
+    assert run(*TINY, "--iters", 1, "--out", tmp_path)[0] == 0
 
 
 def test_two_live_runs_cannot_share_a_folder(tmp_path):
     out = tmp_path / "out"
-    process = start([*TINY, "--iters", 500, "--out", out])
+    process, = start([*TINY, "--iters", 500, "--out", out])
     while not (out / "metrics.jsonl").exists():
         time.sleep(0.1)
         assert process.is_alive()
@@ -326,26 +395,182 @@ def test_two_live_runs_cannot_share_a_folder(tmp_path):
     process.join()
 
 
-def test_a_folder_of_other_settings_is_refused_and_they_are_named(finished, capsys):
-    out, _ = finished
-    before = (out / "last.pth").read_bytes()
-    with pytest.raises(SystemExit) as end:
-        train.main([*TINY, "--iters", "6", "--out", str(out), "--tau", "0.4", "--seed", "1"])
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and "tau 0.3 -> 0.4" in error and "seed 0 -> 1" in error
-    assert (out / "last.pth").read_bytes() == before
+def test_what_cannot_change_a_results_meaning_may_differ_on_resuming(tmp_path, small):
+    out, lists = tmp_path / "out", tmp_path / "list.txt"
+    run_until(2, *EIGHT, "--out", out)
+    lists.write_text((out / "labelled.txt").read_text())
+    code, said, err = run(*EIGHT, "--out", out, "--accumulate", 2, "--log-every", 3, "--eval-every", 2,
+                          "--workers", 1, "--checkpoint-every", 1, "--split", lists)
+    assert code == 0 and "resumes at iteration 3 of 8" in said and "holds a run" not in err
+    assert [r["iteration"] for r in lines(out)] == [2, 6, 8, 8]
+    with pytest.MonkeyPatch.context() as patch:  # each line holds the mean since the line before
+        patch.setattr(train, "train_step", constant_step)
+        run_until(2, *EIGHT, "--out", tmp_path / "other")
+        assert run(*EIGHT, "--log-every", 3, "--out", tmp_path / "other")[0] == 0
+    losses = {r["iteration"]: r["loss"] for r in lines(tmp_path / "other") if "loss" in r}
+    assert losses == {2: 0.5, 6: 3.5, 8: 6.5}
 
 
-@pytest.mark.parametrize("change", [{"classes": ["a"] * 5}, {"optimizer": None}, {"student": {}}])
-def test_another_runs_checkpoint_is_refused_and_the_logs_are_kept(finished, tmp_path, capsys, change):
+def constant_step(student, teacher, optimizer, batch, iteration, args):
+    """A step that measures its own iteration."""
+    return torch.full((len(METRICS),), float(iteration)), torch.zeros(args.batch_size)
+
+
+@pytest.mark.parametrize("flags, change", [
+    ("--tau 0.4 --seed 1", "tau 0.3 -> 0.4, seed 0 -> 1"), ("--iters 9", "iters 8 -> 9"),
+    ("--amp", "amp False -> True"), ("--split 1_8", "more labelled images"),
+    ("--supervised", "supervised False -> True")])
+def test_a_folder_of_other_settings_is_refused_and_they_are_named(whole, small, flags, change):
+    before = {file: file.read_bytes() for file in whole.iterdir() if file.is_file()}
+    code, _, err = run(*EIGHT, "--out", whole, *flags.split())
+    assert code == 2 and change in err and "give another --out" in err and len(err.splitlines()) == 1
+    assert before == {file: file.read_bytes() for file in before}
+
+
+def test_amps_default_may_differ_on_another_device(tmp_path, small, monkeypatch):
+    flags = [flag for flag in EIGHT if flag != "--no-amp"]
+    parse = train.parse_arguments
+
+    def on_a_gpu(argv):
+        args = parse(argv)
+        args.amp = args.amp or args.default_amp
+        return args
+
+    monkeypatch.setattr(train, "parse_arguments", on_a_gpu)
+    run_until(2, *flags, "--out", tmp_path / "out")
+    monkeypatch.setattr(train, "parse_arguments", parse)
+    code, said, _ = run(*flags, "--out", tmp_path / "out")
+    assert code == 0 and "resumes without bf16 autocast, the default here" in said
+    code, _, err = run(*flags, "--out", tmp_path / "out", "--amp")
+    assert code == 2 and "amp False -> True" in err
+
+
+def test_a_loss_that_is_not_finite_saves_nothing_and_its_remedies_work(tmp_path, small):
+    flags, out = [*EIGHT, "--lr", "1e30", "--out"], tmp_path / "out"
+    code, _, err = run(*flags, out)
+    assert code == 1 and len(err.splitlines()) == 1 and not (out / "last.pth").exists()
+    assert re.search(r"L_x.* is not finite in iteration \d+, with the labelled images train_\d+", err)
+    assert "give a lower --lr and another --out" in err
+    assert run(*flags, tmp_path / "another", "--lr", "0.01")[0] == 0
+    # A folder without a checkpoint takes other settings, and nothing of the old ones stays.
+    assert run(*flags, out, "--lr", "0.01")[0] == 0
+    assert_same_run(tmp_path / "another", out)
+    for name in ("settings.json", "labelled.txt", "unlabelled.txt", "val.txt"):
+        old, new = ((folder / name).read_text() for folder in (tmp_path / "another", out))
+        assert old.replace("another", "out") == new
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, small, monkeypatch):
+    def step(student, *rest):
+        next(student.parameters()).data.fill_(float("nan"))
+        return constant_step(student, *rest)
+
+    monkeypatch.setattr(train, "train_step", step)
+    code, _, err = run(*TINY, "--iters", 1, "--out", tmp_path / "out")
+    assert code == 1 and "not finite after iteration 1; best.pth is untouched" in err
+    assert not list((tmp_path / "out").glob("*.pth*"))
+
+
+def test_a_photograph_that_can_only_be_removed_does_not_cost_the_run(tmp_path):
+    root, out = custom(tmp_path / "data", images=24, masks=8), tmp_path / "out"
+    flags = ["--dataset", "custom", "--data-root", root, *TINY, "--epochs", 4, "--out", out]
+    run_until(5, *flags)  # of 16 iterations
+    for stem in ("im7", "im9", "im10", "im11", "im12", "im13"):
+        (root / "JPEGImages" / f"{stem}.jpg").unlink()
+    (root / "SegmentationClass" / "im7.png").unlink()
+    (root / "ImageSets/Segmentation/val.txt").write_text("im6\n")
+    code, said, err = run(*flags)
+    assert code == 0, err
+    assert ("5 unlabelled images are gone (im10, im11, im12 and 2 more): from iteration 6 on, batches are "
+            "drawn from the 11 that are left") in said
+    assert "1 val images are gone (im7): from iteration 6 on, mIoU is that of the 1 that are left" in said
+    assert lines(out)[-1]["iteration"] == 16  # as long a run as before
+    drawn = [row.split(",")[:2] for row in (out / "hardness.csv").read_text().splitlines()]
+    kept = {f"im{i}" for i in (8, *range(14, 24))}
+    assert {name for iteration, name in drawn if int(iteration) >= 6} == kept
+    assert set((out / "unlabelled.txt").read_text().split()) == kept
+    save(root / "JPEGImages" / "im30.jpg", np.zeros((12, 16, 3)))
+    code, _, err = run(*flags)
+    assert code == 2 and "1 more unlabelled images" in err and "give another --out" in err
+
+
+def test_best_pth_in_place_of_last_pth_gets_a_line_of_its_own(whole, small, tmp_path):
     out = tmp_path / "out"
-    shutil.copytree(finished[0], out)
+    shutil.copytree(whole, out)
+    shutil.copy(out / "best.pth", out / "last.pth")
+    code, _, err = run(*EIGHT, "--out", out)
+    assert code == 2 and len(err.splitlines()) == 1
+    assert f"last.pth: this is a best.pth" in err and f"--weights {out / 'last.pth'} and another --out" in err
+    shutil.copy(whole / "last.pth", out / "last.pth")
+    assert run(*EIGHT, "--out", out)[0] == 0
+
+
+@pytest.mark.parametrize("change", [{"student": {}}, {"optimizer": {}}])
+def test_a_broken_checkpoint_is_refused_and_the_logs_are_kept(whole, small, tmp_path, change):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
     torch.save(torch.load(out / "last.pth", weights_only=True) | change, out / "last.pth")
     before = (out / "metrics.jsonl").read_text()
-    with pytest.raises(SystemExit) as end:
-        train.main([*TINY, "--iters", "6", "--out", str(out)])
-    assert end.value.code == 2 and "last.pth: not the last checkpoint of this run" in capsys.readouterr().err
+    code, _, err = run(*EIGHT, "--out", out)
+    assert code == 2 and "last.pth: not the last checkpoint of this run" in err
     assert (out / "metrics.jsonl").read_text() == before
+
+
+def test_a_resumed_run_no_longer_needs_its_weights(tmp_path, small):
+    weights = tmp_path / "resnet18.pth"
+    torch.save(torchvision.models.resnet18().state_dict(), weights)
+    flags = [*EIGHT, "--weights", weights, "--out", tmp_path / "out"]
+    run_until(2, *flags)
+    weights.unlink()
+    assert run(*flags)[0] == 0
+
+
+def test_a_class_that_occurs_nowhere_is_null_and_the_others_are_logged(tmp_path, monkeypatch):
+    def no_third_class(network, image, *rest):
+        return torch.zeros(image.shape[1:], dtype=torch.uint8)
+
+    monkeypatch.setattr(evaluate, "predict", no_third_class)
+    root = custom(tmp_path / "data", classes="sky\nroad\nsea\n")
+    code, said, err = run("--dataset", "custom", "--data-root", root, *TINY, "--iters", 2, "--out",
+                          tmp_path / "out")
+    assert code == 0, err
+    text = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[-1]
+    record = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert record["iou_teacher"] == record["iou_student"] == {"sky": 0.5, "road": 0.0, "sea": None}
+    assert record["miou_teacher"] == 0.25
+    logged = scalars(tmp_path / "out")
+    if logged:
+        assert logged["iou_teacher/sky"] == [(1, 0.5), (2, 0.5)] and "iou_teacher/sea" not in logged
+        assert logged["miou_student"] == [(2, 0.25)] and logged["loss"][0][0] == 2
+
+
+NO_POSIX = """
+import sys; sys.path.insert(0, {here!r})
+import signal
+sys.modules["fcntl"] = None  # an import of it fails
+for name in ("pthread_sigmask", "SIGHUP", "SIGUSR1", "SIGCHLD"):
+    delattr(signal, name)
+import data, train
+data.Shapes.TRAIN, data.Shapes.VAL = 24, 5
+if __name__ == "__main__":
+    train.main()
+"""
+
+
+def test_the_locks_and_signals_of_posix_are_left_out_where_there_are_none(tmp_path):
+    script = tmp_path / "windows.py"
+    script.write_text(NO_POSIX.format(here=str(HERE)))
+    result = launch(*TINY, "--iters", 2, "--out", tmp_path / "out", script=script)
+    assert result.returncode == 0 and not result.stderr, result.stderr
+
+
+def test_a_file_system_without_locks_gets_a_line(tmp_path, small, monkeypatch):
+    def lockf(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", lockf)
+    code, said, _ = run(*TINY, "--iters", 1, "--out", tmp_path / "out")
+    assert code == 0 and "its file system has no locks; let no other run write there" in said
 
 
 def test_a_checkpoint_of_another_data_set_is_refused(finished, tmp_path):
@@ -397,23 +622,75 @@ def test_evaluate_names_a_truncated_photograph(tmp_path, ranks):
     assert "im5.jpg: cannot be read (" in said[0]
 
 
-def test_a_loss_that_is_not_finite_is_named_and_saves_nothing(tmp_path):
-    result = spoilt_run(tmp_path, "--lr", "1e30", "--checkpoint-every", "100")
-    assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
-    assert re.search(r"L_(x|u).* is not finite in iteration \d+, with the labelled images im\d",
-                     result.stderr) or "the weights are not finite" in result.stderr
-    assert not (tmp_path / "out" / "last.pth").exists()
-
-
-def test_a_loader_process_that_dies_is_named(tmp_path):
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_loader_process_that_dies_is_named_once_and_the_run_is_saved(tmp_path, ranks):
     out = tmp_path / "out"
-    process = subprocess.Popen([sys.executable, str(HERE / "train.py"), *TINY, "--iters", "500", "--workers",
-                                "2", "--out", str(out)], stderr=subprocess.PIPE, text=True, cwd=HERE,
-                               stdout=subprocess.DEVNULL)
-    while not (out / "metrics.jsonl").exists():
-        time.sleep(0.1)
-    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True,
-                              text=True).stdout.split()
-    os.kill(int(children[0]), signal.SIGKILL)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1 and len(errors.splitlines()) == 1 and "a loader process died" in errors
+    process = started(out, *TINY, "--iters", 500, "--workers", 1, ranks=ranks if ranks > 1 else None)
+    parents = {process.pid} if ranks == 1 else children(process.pid)
+    loader = next(pid for parent in parents for pid in children(parent) if b"resource_tracker" not in
+                  Path(f"/proc/{pid}/cmdline").read_bytes())
+    os.kill(loader, signal.SIGKILL)
+    _, errors = process.communicate(timeout=100)
+    said = [line for line in errors.splitlines() if line.startswith("train.py: ")]
+    assert process.returncode == 1 and len(said) == 1 and (ranks > 1 or len(errors.splitlines()) == 1)
+    assert "a loader process died (" in said[0] and "lower --workers" in said[0]
+    saved = torch.load(out / "last.pth", weights_only=True)["iteration"]
+    assert f"saved iteration {saved}" in said[0]
+    run_until(saved + 1, *TINY, "--iters", 500, "--workers", 0, "--out", out)
+
+
+def children(pid):
+    return {int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
+
+
+OUT_OF_MEMORY = """
+import sys; sys.path.insert(0, {here!r})
+import torch, train
+from ranks import rank
+step = train.train_step
+
+def failing(*args):
+    if args[4] == 3 and rank() in {ranks}:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    return step(*args)
+
+train.train_step = failing
+if __name__ == "__main__":
+    train.main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [[1], [0, 1]])
+def test_memory_that_runs_out_on_one_rank_or_on_all_gets_one_line(tmp_path, ranks):
+    script, out = tmp_path / "failing.py", tmp_path / "out"
+    script.write_text(OUT_OF_MEMORY.format(here=str(HERE), ranks=ranks))
+    flags = [*TINY, "--iters", 6, "--checkpoint-every", 2, "--out", out]
+    result = launch(*flags, ranks=2, script=script)
+    said = [line for line in result.stderr.splitlines() if line.startswith("train.py: ")]
+    assert result.returncode == 1 and len(said) == 1 and "raise --accumulate" in said[0]
+    assert "rank0]" not in result.stderr and "rank1]" not in result.stderr
+    code, said, _ = run(*flags, "--accumulate", 2)
+    assert code == 0 and "resumes at iteration 2 of 6" in said
+
+
+OLD_PYTHON = """
+import sys, numpy, torch, torchvision, PIL.Image; sys.path.insert(0, {here!r})
+sys.version_info = (3, 9, 18, "final", 0)
+for script in ("train", "evaluate", "predict", "prepare", "bench"):
+    try:
+        __import__(script)
+    except SystemExit as end:
+        print(end)
+"""
+
+
+def test_an_old_python_gets_one_line_from_every_command():
+    result = subprocess.run([sys.executable, "-c", OLD_PYTHON.format(here=str(HERE))], capture_output=True,
+                            text=True)
+    assert result.stdout == 5 * "HagSeg needs Python 3.10 or later; this is 3.9\n", result.stderr
+
+
+def test_all_files_can_be_parsed_by_an_old_python_that_is_to_get_that_line():
+    for path in HERE.glob("*.py"):
+        ast.parse(path.read_text(), feature_version=(3, 9))
