@@ -53,6 +53,7 @@ class DeepLabV3Plus(nn.Module):
             dilate(self.layer4, 1, 2)
 
         self.aspp = ASPP(width, [rate * 16 // output_stride for rate in (6, 12, 18)], channels)
+        self.aspp.convs[-1] = ImagePooling(*self.aspp.convs[-1])
         del self.aspp.project[-1]  # its dropout: the authors use none, and it draws unseeded
         self.low_level = conv_bn_relu(width // 8, LOW_LEVEL_CHANNELS, 1)
         self.decoder = nn.Sequential(
@@ -68,18 +69,14 @@ class DeepLabV3Plus(nn.Module):
         """images (B, 3, H, W), any H and W, ImageNet-normalised -> logits (B, C, H, W), float32.
 
         With `aux`, training mode returns the pair (logits, auxiliary logits).
-        Raises ValueError in training for a batch of one, which BatchNorm cannot normalise after
-        image pooling (unless it is a SyncBatchNorm, which sees the other ranks' images too).
+        Raises ValueError in training for a batch of one (see ImagePooling).
         """
-        pooled_norm = self.aspp.convs[-1][2]
-        if len(images) == 1 and pooled_norm.training and isinstance(pooled_norm, nn.BatchNorm2d):
-            raise ValueError("DeepLabV3+ cannot train on a batch of one image: image pooling leaves "
-                             "BatchNorm one value a channel; use a batch of two or more")
         size = images.shape[-2:]
         low_level = self.layer1(self.stem(images))
         stage3 = self.layer3(self.layer2(low_level))
         features = self.aspp(self.layer4(stage3))
-        features = F.interpolate(features, low_level.shape[-2:], mode="bilinear")
+        # Back in the features' own type: under autocast that is bf16, and joining float32 to it costs.
+        features = upsample(features, low_level.shape[-2:]).to(features.dtype)
         logits = self.decoder(torch.cat([features, self.low_level(low_level)], dim=1))
         if self.aux is not None and self.training:
             return upsample(logits, size), upsample(self.aux(stage3), size)
@@ -91,6 +88,24 @@ class DeepLabV3Plus(nn.Module):
             yield from part.parameters()
 
 
+class ImagePooling(nn.Sequential):
+    """ASPP's image pooling, of torchvision's modules: one value a channel, the same at every pixel.
+
+    It is expanded rather than interpolated, which autocast would do in float32. Raises ValueError in
+    training for a batch of one image, whose one value BatchNorm cannot normalise (a SyncBatchNorm
+    can: it sees the other ranks' images too).
+    """
+
+    def forward(self, features):
+        norm = self[2]
+        if norm.training and isinstance(norm, nn.BatchNorm2d) and len(features) == 1:
+            raise ValueError("DeepLabV3+ cannot train on a batch of one image: image pooling leaves "
+                             "BatchNorm one value a channel; use a batch of two or more")
+        pooled = super().forward(features).expand(-1, -1, *features.shape[-2:])
+        # What it is joined with stays channels_last only if all of it is.
+        return pooled.contiguous(memory_format=torch.channels_last)
+
+
 def conv_bn_relu(in_channels, out_channels, kernel_size):
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False),
@@ -99,9 +114,9 @@ def conv_bn_relu(in_channels, out_channels, kernel_size):
     )
 
 
-def upsample(logits, size):
-    # In float32 from here on: softmax and losses want it, and the coarse map is cheap to cast.
-    return F.interpolate(logits.float(), size, mode="bilinear")
+def upsample(coarse, size):
+    # In float32: softmax and losses want the logits so, and the coarse map is cheap to cast.
+    return F.interpolate(coarse.float(), size, mode="bilinear")
 
 
 def dilate(layer, previous, dilation):

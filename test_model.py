@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 from torchvision import models
+from torchvision.models.segmentation.deeplabv3 import ASPPPooling
 
 from model import BACKBONES, DeepLabV3Plus, dilate
 
@@ -76,6 +79,49 @@ def test_nothing_draws_at_random_in_training():
 def test_logits_are_float32_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         assert small()(torch.randn(2, 3, 32, 32)).dtype == torch.float32
+
+
+def test_image_pooling_is_torchvisions_interpolation():
+    # Of one value a channel; and torch.cat keeps channels_last, which it does if all its inputs have it.
+    network = small().eval()
+    features = torch.randn(2, 512, 3, 5)
+    pooling = network.aspp.convs[-1]
+    torch.testing.assert_close(pooling(features), ASPPPooling.forward(pooling, features), atol=1e-6, rtol=0)
+    joined = []
+    network.aspp.project.register_forward_pre_hook(lambda module, inputs: joined.append(inputs[0]))
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        network(torch.randn(2, 3, 64, 96).contiguous(memory_format=memory_format))
+        assert joined[-1].is_contiguous(memory_format=memory_format)
+
+
+@pytest.mark.skipif(torch.__version__ < "2.14", reason="torch 2.6 asks a GPU even for fake convolutions")
+def test_what_autocast_computes_in_bf16_on_a_gpu_is_joined_in_bf16():
+    # Tensors that hold no values, but have the types and sizes that a GPU would give.
+    network, joined = small().eval(), []
+    real = network.state_dict()
+    for part in (network.aspp.project, network.decoder):
+        part.register_forward_pre_hook(lambda module, inputs: joined.append(inputs[0].dtype))
+    with FakeTensorMode():
+        state = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+                 for name, tensor in real.items()}
+        torch.set_autocast_enabled("cuda", True)
+        torch.set_autocast_dtype("cuda", torch.bfloat16)
+        try:
+            logits = functional_call(network, state, torch.empty(2, 3, 64, 96, device="cuda"))
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+    assert joined == [torch.bfloat16] * 2
+    assert logits.dtype == torch.float32 and logits.device.type == "cuda"
+
+
+def test_export_with_any_batch_height_and_width():
+    network = small().eval()
+    free = torch.export.Dim.DYNAMIC
+    exported = torch.export.export(network, (torch.randn(2, 3, 64, 96),),
+                                   dynamic_shapes={"images": {0: free, 2: free, 3: free}})
+    for size in ((1, 3, 64, 96), (3, 3, 33, 50), (2, 3, 129, 40)):
+        images = torch.randn(*size)
+        torch.testing.assert_close(exported.module()(images), network(images), atol=1e-5, rtol=0)
 
 
 def test_every_parameter_gets_a_gradient_and_the_encoder_is_the_resnet():
