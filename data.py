@@ -22,7 +22,7 @@ from PIL import ExifTags, Image, ImageOps
 import augment
 from shapes import SHAPES_CLASSES, draw_shapes
 
-if sys.version_info < (3, 10):  # every command comes by here
+if sys.version_info.minor < 10:  # every command comes by here
     sys.exit(f"HagSeg needs Python 3.10 or later; this is {sys.version_info[0]}.{sys.version_info[1]}")
 
 IGNORE = 255

@@ -316,10 +316,9 @@ class Run:
             return
         text = (f"{iou_table(self.data.classes, confusions)}\nThe result is the last iteration's. The "
                 f"teacher's best on val was {self.best['miou']:.2%}, after {self.best['iteration']}.\n")
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.amp):
-            pictures = [picture for _, picture in panels(
-                [self.teacher], self.data, self.data.val[:8], self.device, self.args.window,
-                self.args.image_size)]
+        pictures = [picture for _, picture in panels(
+            [self.teacher], self.data, self.data.val[:8], self.device, self.args.window,
+            self.args.image_size, self.args.amp)]
         try:
             write_whole(self.folder / "result.txt", text.encode())
             stack(pictures, self.folder / "predictions.png")
@@ -358,7 +357,7 @@ def handlers_kept():
 
 def lock(folder):
     """Keep other runs out of a folder, as long as the file lives that is returned."""
-    file = open(folder / "lock", "w")
+    file = open(folder / "lock", "w")  # noqa: SIM115, closed it would be no lock
     try:
         if fcntl:  # not flock: loader processes would inherit it, and outlive a killed run by seconds
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

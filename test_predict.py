@@ -11,14 +11,8 @@ from PIL import Image
 import predict
 from data import normalize
 from hardness import instance_hardness
-from model import DeepLabV3Plus
 from predict import photograph_hardness, predict_files
-from test_evaluate import Brightness, Corner
-
-STATE = {"settings": {"window": None, "image_size": None, "amp": False, "tau": 0.6,
-                      "ignore_background": False, "backbone": "resnet18", "output_stride": 16,
-                      "channels": 16, "aux": False},
-         "classes": ["dark", "bright"], "palette": [(0, 0, 0), (255, 0, 0)]}
+from test_evaluate import STATE, Brightness, Corner, checkpoint
 
 
 def test_predict_files_writes_maps_at_the_photographs_own_upright_size(tmp_path, capsys):
@@ -75,17 +69,6 @@ def test_the_hardness_of_a_photograph_is_eq_7(ignore_background):
     # In windows and shrunk, as --image-size has it: teacher and student alike are certain and agree.
     state["settings"] |= {"window": 8, "image_size": 20, "tau": 0.0, "ignore_background": False}
     assert photograph_hardness(student, student, image, state) == (0, 1, 1)
-
-
-def checkpoint(path, classes=("dark", "bright"), **settings):
-    """A checkpoint of two networks that differ, as train.py writes it."""
-    torch.manual_seed(0)
-    student = DeepLabV3Plus(len(classes), "resnet18", channels=16).state_dict()
-    student["decoder.2.bias"][0] += 0.2  # so that both classes occur
-    teacher = student | {"decoder.2.weight": student["decoder.2.weight"] * 1.2}
-    torch.save(STATE | {"student": student, "teacher": teacher, "classes": list(classes),
-                        "settings": STATE["settings"] | settings}, path)
-    return path
 
 
 def test_the_hardest_photographs_are_named_and_names_with_commas_survive(tmp_path, capsys):

@@ -500,7 +500,7 @@ def test_best_pth_in_place_of_last_pth_gets_a_line_of_its_own(whole, small, tmp_
     shutil.copy(out / "best.pth", out / "last.pth")
     code, _, err = run(*EIGHT, "--out", out)
     assert code == 2 and len(err.splitlines()) == 1
-    assert f"last.pth: this is a best.pth" in err and f"--weights {out / 'last.pth'} and another --out" in err
+    assert "last.pth: this is a best.pth" in err and f"--weights {out / 'last.pth'} and another --out" in err
     shutil.copy(whole / "last.pth", out / "last.pth")
     assert run(*EIGHT, "--out", out)[0] == 0
 
@@ -675,8 +675,9 @@ def test_memory_that_runs_out_on_one_rank_or_on_all_gets_one_line(tmp_path, rank
 
 
 OLD_PYTHON = """
-import sys, numpy, torch, torchvision, PIL.Image; sys.path.insert(0, {here!r})
-sys.version_info = (3, 9, 18, "final", 0)
+import collections, sys, numpy, torch, torchvision, PIL.Image; sys.path.insert(0, {here!r})
+Version = collections.namedtuple("Version", "major minor")
+sys.version_info = Version(3, 9)
 for script in ("train", "evaluate", "predict", "prepare", "bench"):
     try:
         __import__(script)
