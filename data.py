@@ -160,6 +160,17 @@ def open_photograph(path):
         raise InputError(unreadable(path, error)) from None
 
 
+@contextmanager
+def reading(path):
+    """Makes an InputError, which names the file, of whatever reading it raises."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # Pillow has a dozen kinds of them
+        raise InputError(unreadable(path, error)) from None
+
+
 def unreadable(path, error):
     if isinstance(error, FileNotFoundError):
         return f"{path}: no such file"

@@ -24,8 +24,8 @@ from data import (
     open_data,
     picture_to_tensor,
     read_list,
+    reading,
     short_list,
-    unreadable,
 )
 from model import DeepLabV3Plus
 from prepare import problems
@@ -153,10 +153,8 @@ class ValidationImages(torch.utils.data.Dataset):
 
 
 def load_rgb(data, name):
-    try:
+    with reading(data.images[name]):
         return picture_to_tensor(data.image(name).convert("RGB"))
-    except (OSError, SyntaxError) as error:
-        raise InputError(unreadable(data.images[name], error)) from None
 
 
 def validation_images(data, workers, endless=False):

@@ -20,7 +20,7 @@ def join():
     if world > 1:
         missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
         if missing:
-            raise ValueError(f"WORLD_SIZE is {world}, but {' and '.join(missing)} not set: start with "
+            raise ValueError(f"WORLD_SIZE is {world}, but {' and '.join(missing)} are not set: start with "
                              f"torchrun, or unset WORLD_SIZE")
         if cuda:
             local_rank, count = int(os.environ.get("LOCAL_RANK") or 0), torch.cuda.device_count()

@@ -41,16 +41,58 @@ def orientation(value):
 
 
 def test_predict_files_never_overwrites_a_photograph_or_another_result(tmp_path, capsys):
-    (tmp_path / "a").mkdir()
-    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
-    Image.new("RGB", (8, 8)).save(tmp_path / "a" / "x.png")
-    before = (tmp_path / "x.png").read_bytes()
     device = torch.device("cpu")
-    assert predict_files(Brightness(), STATE, [tmp_path / "x.png"], tmp_path, device) == 1
-    assert (tmp_path / "x.png").read_bytes() == before
-    both = [tmp_path / "x.png", tmp_path / "a" / "x.png"]
-    assert predict_files(Brightness(), STATE, both, tmp_path / "out", device) == 1
-    assert "give another --out" in capsys.readouterr().err
+    (tmp_path / "a").mkdir()
+    one, two = tmp_path / "x.png", tmp_path / "a" / "x.png"
+    Image.new("RGB", (8, 8)).save(one)
+    Image.new("RGB", (8, 8), "white").save(two)
+    before = one.read_bytes()
+    assert predict_files(Brightness(), STATE, [one], tmp_path, device) == 1
+    assert one.read_bytes() == before
+    assert "x.png: its result would overwrite a photograph; give another --out" in capsys.readouterr().err
+    assert predict_files(Brightness(), STATE, [one, two], tmp_path / "out", device) == 1
+    assert f"{two}: its result would overwrite that of {one}; predict it by itself, with another --out" in (
+        capsys.readouterr().err)
+    assert predict_files(Brightness(), STATE, [two], tmp_path / "other", device) == 0
+    for folder, label in (("out", 0), ("other", 1)):
+        assert (np.array(Image.open(tmp_path / folder / "x.png")) == label).all()
+
+
+def test_hidden_files_and_folders_are_left_out_and_no_file_is_taken_twice(tmp_path, capsys):
+    (tmp_path / ".thumbnails.jpg").mkdir()
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "._x.jpg").write_bytes(b"as macOS leaves it on other disks")
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.JPG")
+    paths = [tmp_path, tmp_path / "x.JPG"]
+    assert predict_files(Brightness(), STATE, paths, tmp_path / "out", torch.device("cpu")) == 0
+    assert "1/1 photographs, 0 skipped" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("paths, out, message", [
+    (["x.png"], "x.png/sub", "sub: cannot be written (Not a directory); give another --out"),
+    (["x.png", "empty"], "out", "empty: no photograph in it; what is read is .bmp .j"),
+    (["x.png", "absent"], "out", "absent: no such file or folder")])
+def test_what_cannot_be_predicted_gets_one_line(tmp_path, capsys, paths, out, message):
+    Image.new("RGB", (40, 40)).save(tmp_path / "x.png")
+    (tmp_path / "empty").mkdir()
+    argv = [checkpoint(tmp_path / "best.pth"), *(tmp_path / path for path in paths), "--out", tmp_path / out]
+    with pytest.raises(SystemExit) as end:
+        predict.main([str(a) for a in argv])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and message in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_not_the_photographs_fault(tmp_path, capsys):
+    Image.new("RGB", (40, 40)).save(tmp_path / "x.jpg")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "x.png").symlink_to("/dev/full")
+    with pytest.raises(SystemExit) as end:
+        predict.main([str(a) for a in (checkpoint(tmp_path / "best.pth"), tmp_path / "x.jpg", "--out",
+                                       tmp_path / "out")])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and "(No space left on device); give another --out" in error
+    assert "x.jpg" not in error and len(error.splitlines()) == 1
 
 
 @pytest.mark.parametrize("ignore_background", [False, True])
