@@ -211,17 +211,17 @@ def iou_table(classes, confusions):
     return "\n".join(lines)
 
 
-def load_checkpoint(path):
-    """A checkpoint of train.py as a dict. Raises InputError for anything else."""
+def load_checkpoint(path, remedy="a last.pth or best.pth of train.py"):
+    """A checkpoint of train.py as a dict. Raises InputError for anything else: give the `remedy`."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint") from None
     except Exception as error:  # torch.load raises what it likes for what it cannot read
         raise InputError(f"{path}: no checkpoint that weights_only=True loads "
-                         f"({type(error).__name__}); give a last.pth or best.pth of train.py") from None
+                         f"({type(error).__name__}); give {remedy}") from None
     if not isinstance(state, dict) or not {"settings", "classes", "student", "teacher"} <= state.keys():
-        raise InputError(f"{path}: not a checkpoint of train.py; give a last.pth or best.pth")
+        raise InputError(f"{path}: not a checkpoint of train.py; give {remedy}")
     return state
 
 

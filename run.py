@@ -75,7 +75,7 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = lock(self.folder)
             found = next((path for path in (last, best) if path.exists()), None)
-            state = load_checkpoint(found) if found else None
+            state = load_checkpoint(found, "another --out") if found else None
             if state:
                 self.compare(state)
             for name, ids in self.lists.items():
@@ -90,6 +90,7 @@ class Run:
     def compare(self, state):
         """Refuse the checkpoint of another run; say what differs and may."""
         changed, notes = changes(state["settings"], vars(self.args)), []
+        remedy = "give another --out"
         if list(state["classes"]) != list(self.data.classes):
             changed.append(f"its classes are {short_list(state['classes'])}")
         for name, ids in self.lists.items():
@@ -97,13 +98,17 @@ class Run:
             gone = sorted(before.difference(ids))
             if not before.issuperset(ids):
                 changed.append(f"{len(set(ids) - before)} more {name} images")
+                if self.args.dataset == "custom":
+                    remedy = (f"give another --out; where images were removed, keep the lists: --split "
+                              f"{self.folder}/labelled.txt, and {self.folder}/val.txt in "
+                              f"ImageSets/Segmentation/")
             elif gone:
                 use = "mIoU is that of" if name == "val" else "batches are drawn from"
                 notes.append(f"{len(gone)} {name} images are gone ({short_list(gone)}): from iteration "
                              f"{state['iteration']} on, {use} the {len(ids)} that are left")
         if changed:
             raise InputError(f"--out {self.folder}: holds a run with other settings "
-                             f"({short_list(changed, 5)}); give another --out")
+                             f"({short_list(changed, 5)}); {remedy}")
         if state["settings"]["amp"] != self.args.amp:
             notes.append(f"resumes {'with' if self.args.amp else 'without'} bf16 autocast, the default here")
         for note in notes:
@@ -241,12 +246,10 @@ class Run:
     def append(self, log, content):
         if rank() == 0 and content:
             path = self.folder / log
-            try:
+            with writing(path):
                 path.parent.mkdir(exist_ok=True)
                 with open(path, "ab") as file:
                     file.write(content)
-            except OSError as error:
-                raise unwritable(path, error) from None
 
     def cut_logs(self, sizes):
         for log in LOGS if rank() == 0 else ():
@@ -275,10 +278,8 @@ class Run:
                  "log_sizes": {log: path.stat().st_size for log, path in logs.items() if path.exists()}}
         buffer = io.BytesIO()
         torch.save(state, buffer)
-        try:
+        with writing(self.folder / name):
             write_whole(self.folder / name, buffer.getbuffer())
-        except OSError as error:
-            raise unwritable(self.folder / name, error) from None
 
     def validate(self, done):
         """Mean IoU on val: of the teacher; after the last iteration of both, which is the result.
@@ -319,11 +320,9 @@ class Run:
         pictures = [picture for _, picture in panels(
             [self.teacher], self.data, self.data.val[:8], self.device, self.args.window,
             self.args.image_size, self.args.amp)]
-        try:
+        with writing(self.folder):
             write_whole(self.folder / "result.txt", text.encode())
             stack(pictures, self.folder / "predictions.png")
-        except OSError as error:
-            raise unwritable(self.folder, error) from None
 
     def report(self):
         """Say the result, once the run is finished, and how to look at it."""
@@ -370,10 +369,15 @@ def lock(folder):
     return file
 
 
-def unwritable(path, error):
-    remedy = "make room" if error.errno in FULL else "make it writable"
-    return RunError(f"{path}: cannot be written ({error.strerror}); {remedy}, and the same command resumes "
-                    f"from the last checkpoint")
+@contextmanager
+def writing(path):
+    """Makes a RunError, which names the file and the remedy, of an OSError."""
+    try:
+        yield
+    except OSError as error:
+        remedy = "make room" if error.errno in FULL else "make it writable"
+        raise RunError(f"{path}: cannot be written ({error.strerror}); {remedy}, and the same command "
+                       f"resumes from the last checkpoint") from None
 
 
 def write_whole(path, content):

@@ -494,6 +494,23 @@ def test_a_photograph_that_can_only_be_removed_does_not_cost_the_run(tmp_path):
     assert code == 2 and "1 more unlabelled images" in err and "give another --out" in err
 
 
+def test_lists_that_are_drawn_anew_can_be_kept(tmp_path):
+    # Without val.txt, removing a labelled image draws other validation images.
+    root, out = custom(tmp_path / "data", images=14, masks=10, val=0), tmp_path / "out"
+    flags = ["--dataset", "custom", "--data-root", root, *TINY, "--iters", 4, "--out", out]
+    run_until(1, *flags)
+    (root / "JPEGImages" / "im1.jpg").unlink()
+    (root / "SegmentationClass" / "im1.png").unlink()
+    code, _, err = run(*flags)
+    assert code == 2 and "more val images" in err and f"--split {out}/labelled.txt" in err
+    (root / "ImageSets/Segmentation").mkdir(parents=True)
+    shutil.copy(out / "val.txt", root / "ImageSets/Segmentation/")
+    labelled = (out / "labelled.txt").read_text()
+    (out / "labelled.txt").write_text(labelled.replace("im1\n", ""))
+    code, said, err = run(*flags, "--split", out / "labelled.txt")
+    assert code == 0 and "1 labelled images are gone (im1): from iteration 2 on" in said, err
+
+
 def test_best_pth_in_place_of_last_pth_gets_a_line_of_its_own(whole, small, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(whole, out)
