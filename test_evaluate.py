@@ -168,6 +168,31 @@ def test_evaluate_counts_every_pixel_once_and_keeps_the_networks_mode(tmp_path):
     assert mean_iou(confusion)[0] == 1 and network.training
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_one_loader_serves_every_validation_of_a_run(tmp_path, workers):
+    data = tiny_data(tmp_path)
+    images, loaders = evaluate.validation_images(data, workers, endless=True), set()
+    for _ in range(3):
+        confusion, = evaluate.evaluate([Truth()], data, torch.device("cpu"), images=images)
+        assert confusion.diagonal().sum() == sum(10 * (8 + i) for i in range(5))
+        loaders |= {process.pid for process in multiprocessing.active_children()}
+    assert len(loaders) == workers
+    images.close()
+    assert not multiprocessing.active_children()
+
+
+def test_evaluation_asks_before_each_image_whether_to_go_on(tmp_path):
+    asked = []
+
+    def check():
+        asked.append(True)
+        if len(asked) == 3:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        evaluate.evaluate([Truth()], tiny_data(tmp_path), torch.device("cpu"), check=check)
+
+
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_every_image_counts_once_on_any_number_of_ranks(tmp_path, monkeypatch, world):
     # Five images on 2, 3 or 4 ranks: the ranks' own matrices must add up to the whole.
@@ -203,22 +228,27 @@ def test_a_truncated_validation_image_is_named(tmp_path, workers):
 
 
 @pytest.mark.parametrize("ranks", [None, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_list_of_other_images_is_evaluated(tmp_path, ranks):
+def test_a_list_of_other_images_is_evaluated(tmp_path, capsys, ranks):
     # Six masked images, of which im4 and im5 are for validation; im8 is a test image of its own.
     root, path = custom(tmp_path / "data"), checkpoint(tmp_path / "best.pth", ["sky", "road"],
                                                        dataset="custom", data_root=str(tmp_path / "data"))
     save(root / "SegmentationClass" / "im8.png", np.zeros((12, 16)))
     (tmp_path / "test.txt").write_text("# a comment\nJPEGImages/im8.jpg SegmentationClass/im8.png\n")
     arguments = [path, "--list", tmp_path / "test.txt", "--pictures", tmp_path / "pictures"]
-    result = launch(*arguments, ranks=ranks, script="evaluate.py")
-    assert result.returncode == 0, result.stderr
+    if ranks:
+        result = launch(*arguments, ranks=ranks, script="evaluate.py")
+        assert result.returncode == 0, result.stderr
+        table = result.stdout
+    else:
+        evaluate.main([str(argument) for argument in arguments])
+        table = capsys.readouterr().out
     assert [file.name for file in (tmp_path / "pictures").iterdir()] == ["im8.png"]
     # The mask is all sky: its IoU is the share of sky in the prediction.
     network, _ = load_model(path)
     image = picture_to_tensor(Image.open(root / "JPEGImages/im8.jpg"))
     with torch.inference_mode():
         sky = (predict(network, image) == 0).float().mean().item()
-    assert re.search(r"sky +(\S+)", result.stdout)[1] == f"{100 * sky:.2f}"
+    assert re.search(r"sky +(\S+)", table)[1] == f"{100 * sky:.2f}"
 
 
 @pytest.mark.parametrize("text, message", [

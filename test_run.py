@@ -21,7 +21,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
+from torch import nn
 
 import data
 import evaluate
@@ -59,6 +61,7 @@ def test_the_command_trains_validates_and_leaves_its_results(finished):
     assert json.loads((out / "settings.json").read_text())["tau"] == 0.3
 
 
+@pytest.mark.slow
 def test_evaluate_repeats_the_result_from_the_checkpoint_alone(finished, tmp_path):
     out, result = finished
     moved = shutil.copy(out / "last.pth", tmp_path / "given-away.pth")
@@ -80,6 +83,27 @@ def test_the_same_command_again_reports_the_finished_run(finished):
     assert (out / "last.pth").stat().st_mtime_ns == before
 
 
+class Small(nn.Module):
+    """Two convolutions and a BatchNorm in place of DeepLabV3+, whose checkpoints have 130 megabytes."""
+    def __init__(self, num_classes, *_, **__):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU())
+        self.head = nn.Conv2d(8, num_classes, 1)
+
+    def forward(self, images):
+        return F.interpolate(self.head(self.encoder(images)), images.shape[-2:], mode="bilinear")
+
+    def encoder_parameters(self):
+        return self.encoder.parameters()
+
+
+def shrink(patch):
+    """A small network, and the embedded data set with an epoch of 6 iterations and 5 validation images."""
+    patch.setattr(train, "DeepLabV3Plus", Small)
+    patch.setattr(data.Shapes, "TRAIN", 24)
+    patch.setattr(data.Shapes, "VAL", 5)
+
+
 def rank_main(argv, moment):
     """train.main as one rank. At the moment (what, count, signal) it sends itself the signal: in a step
     of that iteration, or while it predicts that many images for a validation."""
@@ -87,7 +111,7 @@ def rank_main(argv, moment):
     multiprocessing.set_start_method("fork", force=True)
     torch.set_num_threads(1)
     os.setpgrp()
-    data.Shapes.TRAIN, data.Shapes.VAL = 24, 5  # an epoch of 6 iterations, and a short validation
+    shrink(pytest.MonkeyPatch())
     what, count, signum = moment or ("", 0, 0)
     seen = iter(range(1, 10 ** 6))
     if what == "ignored":
@@ -102,6 +126,7 @@ def rank_main(argv, moment):
     def watched_predict(*args):
         if what == "image" and next(seen) == count:
             os.kill(os.getpid(), signum)
+        time.sleep(0.01)  # so that a validation takes a good part of the run
         return predict(*args)
 
     train.train_step, evaluate.predict = watched_step, watched_predict
@@ -174,7 +199,8 @@ def assert_same_run(one, other):
 SHORT = [*TINY, "--iters", 12, "--eval-every", 1, "--log-every", 4]  # validations after 6 and 12
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_stopped_anywhere_also_while_it_validates_ends_in_the_same_bits(tmp_path, ranks):
     whole, out, last = start([*SHORT, "--out", tmp_path / "whole"], ranks), tmp_path / "out", ranks - 1
     # With two ranks, rank 0 has 3 images to validate on, and rank 1 two.
@@ -223,7 +249,7 @@ def kill_randomly(processes, rng):
 @pytest.mark.parametrize("ranks, flags", [(1, ""), (1, "--workers 2"), (2, ""), (2, "--workers 2"),
                                           (1, "--supervised --workers 2")])
 def test_a_run_killed_at_random_moments_ends_in_the_same_bits(tmp_path, ranks, flags):
-    # Every other iteration is saved, and every third validated, so the kills hit either at work.
+    # Every other iteration is saved, and every sixth validated, so the kills hit either at work.
     arguments = [*SHORT, "--iters", 30, "--checkpoint-every", 2, *flags.split()]
     began = time.monotonic()
     assert exit_codes(start([*arguments, "--out", tmp_path / "whole"], ranks)) == [0] * ranks
@@ -291,7 +317,7 @@ def stop_handlers():
                                           signal.SIGCHLD)]
 
 
-def test_signals_are_handled_as_before_once_main_returns_or_raises(tmp_path, monkeypatch):
+def test_signals_are_handled_as_before_once_main_returns_or_raises(tmp_path, small, monkeypatch):
     before, during = stop_handlers(), []
     step = train.train_step
     monkeypatch.setattr(train, "train_step", lambda *a: (during.append(stop_handlers()), step(*a))[1])
@@ -301,12 +327,6 @@ def test_signals_are_handled_as_before_once_main_returns_or_raises(tmp_path, mon
     with pytest.raises(SystemExit):
         train.main([*flags, str(tmp_path / "other"), "--lr", "1e30", "--iters", "3"])
     assert stop_handlers() == before
-
-
-def shrink(patch):
-    """The embedded data set with an epoch of 6 iterations and 5 validation images."""
-    patch.setattr(data.Shapes, "TRAIN", 24)
-    patch.setattr(data.Shapes, "VAL", 5)
 
 
 @pytest.fixture
@@ -376,13 +396,14 @@ def test_a_full_disk_ends_the_run_with_one_line_and_leaves_all_as_it_was(tmp_pat
     assert_same_run(tmp_path / "whole", out)
 
 
-def test_a_disk_that_is_full_at_the_start_is_said(tmp_path):
+def test_a_disk_that_is_full_at_the_start_is_said(tmp_path, small):
     (tmp_path / "settings.json.tmp").symlink_to("/dev/full")
     code, _, err = run(*EIGHT, "--out", tmp_path)
     assert code == 2 and len(err.splitlines()) == 1 and "No space left on device); make room" in err
     assert run(*TINY, "--iters", 1, "--out", tmp_path)[0] == 0
 
 
+@pytest.mark.slow
 def test_two_live_runs_cannot_share_a_folder(tmp_path):
     out = tmp_path / "out"
     process, = start([*TINY, "--iters", 500, "--out", out])
@@ -471,7 +492,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, small, monkeypatch)
     assert not list((tmp_path / "out").glob("*.pth*"))
 
 
-def test_a_photograph_that_can_only_be_removed_does_not_cost_the_run(tmp_path):
+def test_a_photograph_that_can_only_be_removed_does_not_cost_the_run(tmp_path, small):
     root, out = custom(tmp_path / "data", images=24, masks=8), tmp_path / "out"
     flags = ["--dataset", "custom", "--data-root", root, *TINY, "--epochs", 4, "--out", out]
     run_until(5, *flags)  # of 16 iterations
@@ -494,7 +515,7 @@ def test_a_photograph_that_can_only_be_removed_does_not_cost_the_run(tmp_path):
     assert code == 2 and "1 more unlabelled images" in err and "give another --out" in err
 
 
-def test_lists_that_are_drawn_anew_can_be_kept(tmp_path):
+def test_lists_that_are_drawn_anew_can_be_kept(tmp_path, small):
     # Without val.txt, removing a labelled image draws other validation images.
     root, out = custom(tmp_path / "data", images=14, masks=10, val=0), tmp_path / "out"
     flags = ["--dataset", "custom", "--data-root", root, *TINY, "--iters", 4, "--out", out]
@@ -533,7 +554,9 @@ def test_a_broken_checkpoint_is_refused_and_the_logs_are_kept(whole, small, tmp_
     assert (out / "metrics.jsonl").read_text() == before
 
 
-def test_a_resumed_run_no_longer_needs_its_weights(tmp_path, small):
+@pytest.mark.slow
+def test_a_resumed_run_no_longer_needs_its_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.Shapes, "VAL", 5)
     weights = tmp_path / "resnet18.pth"
     torch.save(torchvision.models.resnet18().state_dict(), weights)
     flags = [*EIGHT, "--weights", weights, "--out", tmp_path / "out"]
@@ -542,7 +565,7 @@ def test_a_resumed_run_no_longer_needs_its_weights(tmp_path, small):
     assert run(*flags)[0] == 0
 
 
-def test_a_class_that_occurs_nowhere_is_null_and_the_others_are_logged(tmp_path, monkeypatch):
+def test_a_class_that_occurs_nowhere_is_null_and_the_others_are_logged(tmp_path, small, monkeypatch):
     def no_third_class(network, image, *rest):
         return torch.zeros(image.shape[1:], dtype=torch.uint8)
 
@@ -574,6 +597,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_the_locks_and_signals_of_posix_are_left_out_where_there_are_none(tmp_path):
     script = tmp_path / "windows.py"
     script.write_text(NO_POSIX.format(here=str(HERE)))
@@ -590,6 +614,7 @@ def test_a_file_system_without_locks_gets_a_line(tmp_path, small, monkeypatch):
     assert code == 0 and "its file system has no locks; let no other run write there" in said
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_data_set_is_refused(finished, tmp_path):
     out, _ = finished
     state = torch.load(out / "last.pth", weights_only=True)
@@ -618,6 +643,7 @@ def truncate(root, name="im9"):
     path.write_bytes(path.read_bytes()[:20000])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags, ranks", [([], None), (["--workers", "2"], None), ([], 2)])
 def test_a_truncated_photograph_is_named(tmp_path, flags, ranks):
     result = spoilt_run(tmp_path, *flags, spoil=truncate, ranks=ranks)
@@ -628,6 +654,7 @@ def test_a_truncated_photograph_is_named(tmp_path, flags, ranks):
         assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [None, 2])
 def test_evaluate_names_a_truncated_photograph(tmp_path, ranks):
     assert spoilt_run(tmp_path, "--iters", 1).returncode == 0
@@ -639,7 +666,8 @@ def test_evaluate_names_a_truncated_photograph(tmp_path, ranks):
     assert "im5.jpg: cannot be read (" in said[0]
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_a_loader_process_that_dies_is_named_once_and_the_run_is_saved(tmp_path, ranks):
     out = tmp_path / "out"
     process = started(out, *TINY, "--iters", 500, "--workers", 1, ranks=ranks if ranks > 1 else None)
@@ -703,6 +731,7 @@ for script in ("train", "evaluate", "predict", "prepare", "bench"):
 """
 
 
+@pytest.mark.slow
 def test_an_old_python_gets_one_line_from_every_command():
     result = subprocess.run([sys.executable, "-c", OLD_PYTHON.format(here=str(HERE))], capture_output=True,
                             text=True)
