@@ -6,10 +6,14 @@ Every random draw is a function of (seed, iteration, slot in the global batch): 
 from one iteration to the next, so a run can resume anywhere, on any number of ranks and workers.
 """
 
+import math
 import re
+import shlex
 import signal
 import sys
-from contextlib import contextmanager
+import unicodedata
+import warnings
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from multiprocessing import resource_tracker
@@ -17,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 import augment
 from shapes import SHAPES_CLASSES, draw_shapes
@@ -72,9 +76,9 @@ PROTOCOLS = {
 }
 
 VOC_CLASSES = [
-    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
-    "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
-    "train", "tvmonitor"]
+    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
+    "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
+    "tvmonitor"]
 CITYSCAPES = {  # class: (its labelId, its colour), in the order of the 19 training ids
     "road": (7, (128, 64, 128)), "sidewalk": (8, (244, 35, 232)),
     "building": (11, (70, 70, 70)), "wall": (12, (102, 102, 156)),
@@ -88,8 +92,10 @@ CITYSCAPES = {  # class: (its labelId, its colour), in the order of the 19 train
     "bicycle": (33, (119, 11, 32)),
 }
 TRAINING_SETS = {"voc": 10582, "voc_classic": 1464, "cityscapes": 2975}  # what a split is a part of
-DRAWN_SPLITS = {"voc_classic": (92, 183, 366, 732), "cityscapes": (186, 372, 744, 1488)}
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+MASK_FOLDERS = ("SegmentationClassIds", "SegmentationClass", "SegmentationClassPNG", "masks")
+TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation -> Image.Transpose
+warnings.filterwarnings("ignore", module=r"PIL\.")  # odd metadata, large photographs: both are read
 
 
 def voc_palette(num_classes):
@@ -105,7 +111,9 @@ class SegmentationData:
     images, masks:  id -> file. An unlabelled image has no mask.
     train, val:     sorted ids; `labelled` are those of train that a split may take as labelled.
     label_ids:      a table of 256 from the ids in the mask files to the training ids, or None.
-    note:           a line that says what was decided about this data set, or None.
+    notes:          lines that say what was decided about this data set.
+    dataset, root:  --dataset and --data-root, for commands in messages.
+    folders:        own data: the folders of the photographs and of the masks.
     """
     classes: list
     palette: list
@@ -115,49 +123,69 @@ class SegmentationData:
     val: list = field(repr=False)
     labelled: list = field(repr=False)
     label_ids: np.ndarray | None = field(default=None, repr=False)
-    note: str | None = None
+    notes: list = field(default_factory=list, repr=False)
+    dataset: str = "shapes"
+    root: Path | None = None
+    folders: tuple | None = field(default=None, repr=False)
 
     def image(self, name):
         """The photograph as a Pillow image, upright as its EXIF says. Decoded only when needed."""
         return open_photograph(self.images[name])
 
-    def mask(self, name):
-        """The label map as a Pillow "L" image of class ids and 255.
-
-        Raises InputError for a file that cannot be read, is in colour, or holds other ids.
-        """
+    def labels(self, name):
+        """(labels, palette) of a mask: (H, W) integers, which may hold ids that no class has; and its own
+        colours [r, g, b, r, ...], or None. Raises InputError for what cannot be read or is in colour."""
         path = self.masks[name]
-        try:
-            with Image.open(path) as picture:
-                labels = np.array(picture)
-        except (OSError, SyntaxError) as error:
-            raise InputError(unreadable(path, error)) from None
-        if labels.ndim != 2:
-            raise InputError(f"{path}: a colour image ({picture.mode}); masks must be index PNGs "
-                             f"(one channel of class ids); see --convert")
+        with reading(path), Image.open(path) as picture:
+            labels, mode = np.array(picture), picture.mode
+            palette = picture.getpalette() if mode == "P" else None
+        if labels.dtype == bool and (len(self.classes) == 2 or not labels.any()):
+            labels = labels.astype(np.uint8)
+        if labels.ndim != 2 or labels.dtype == bool:
+            raise InputError(f"{path}: {'of one bit' if mode == '1' else 'a colour image'} ({mode}), not an "
+                             f"index PNG (one channel of class ids); {self.conversion('replace the mask')}")
         if self.label_ids is not None:
-            labels = self.label_ids[labels]
-        strange = labels[(labels != IGNORE) & ((labels < 0) | (labels >= len(self.classes)))]
+            labels = np.where(labels > IGNORE, labels, self.label_ids[labels.clip(max=IGNORE)])
+        return labels, palette
+
+    def mask(self, name):
+        """The label map as a Pillow "L" image of class ids and 255; raises InputError for other ids."""
+        labels, _ = self.labels(name)
+        strange = labels[(labels != IGNORE) & (labels >= len(self.classes))]
         if strange.size:
-            raise InputError(f"{path}: holds the ids {short_list(np.unique(strange))}, but there are "
-                             f"{len(self.classes)} classes (0 to {len(self.classes) - 1}; 255 is "
-                             f"ignored); fix the mask or the list of classes")
+            raise InputError(f"{self.masks[name]}: holds the ids {short_list(np.unique(strange))}, but there "
+                             f"are {len(self.classes)} classes; see {self.command('prepare.py')}")
         return Image.fromarray(labels.astype(np.uint8))
+
+    def command(self, script, *options):
+        return command(script, self.dataset, self.root, *options)
+
+    def conversion(self, otherwise=""):
+        """The remedy for masks that are told by colour: a command for own data."""
+        return (f"make class ids of the masks: {self.command('prepare.py', '--convert')}"
+                if self.dataset == "custom" else otherwise)
+
+
+def command(script, dataset, root, *options):
+    """A whole command, for a message, as it can be pasted into a shell."""
+    where = ["--data-root", str(root)] if root else []
+    return shlex.join(["python", script, "--dataset", dataset, *where, *options])
 
 
 def open_photograph(path):
-    """A Pillow image, upright, and not decoded yet unless its EXIF had it turned."""
-    try:
-        image = Image.open(path)
-        # exif_transpose, and getexif of a PNG, decode whatever they are given
-        if "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-            ImageOps.exif_transpose(image, in_place=True)
+    """A Pillow image, upright, and not decoded yet unless it had to be turned. Raises InputError."""
+    with reading(path):
+        image, orientation = Image.open(path), None
         if image.mode[0] in "IF":
-            raise InputError(f"{path}: has more than 8 bits a channel ({image.mode}); convert it to "
-                             f"an 8-bit photograph")
+            raise InputError(f"{path}: has more than 8 bits a channel ({image.mode}); convert it to 8 bits")
+        if "exif" in image.info or image.format == "TIFF":  # of others, getexif decodes the image
+            with suppress(Exception):  # an EXIF that cannot be read says nothing
+                orientation = image.getexif().get(ExifTags.Base.Orientation)
+        if orientation in TURNS and image.format == "TIFF":
+            image.load()  # it turns itself
+        elif orientation in TURNS:
+            image = image.transpose(Image.Transpose(TURNS[orientation]))  # exif_transpose rewrites the EXIF
         return image
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(unreadable(path, error)) from None
 
 
 @contextmanager
@@ -168,14 +196,22 @@ def reading(path):
     except InputError:
         raise
     except Exception as error:  # Pillow has a dozen kinds of them
-        raise InputError(unreadable(path, error)) from None
+        raise InputError(unreadable(Path(path), error)) from None
 
 
 def unreadable(path, error):
+    reason, remedy = (str(error) or type(error).__name__).splitlines()[0], "replace or remove it"
     if isinstance(error, FileNotFoundError):
-        return f"{path}: no such file"
-    reason = (str(error) or type(error).__name__).splitlines()[0]
-    return f"{path}: cannot be read ({reason}); replace the file"
+        return f"{path}: " + ("a link to nothing; remove it" if path.is_symlink() else "no such file")
+    if isinstance(error, UnicodeError):
+        return f"{path}: not UTF-8; save it as UTF-8"
+    if isinstance(error, Image.DecompressionBombError):
+        reason, remedy = f"more than {2 * Image.MAX_IMAGE_PIXELS // 10 ** 6} megapixels", "tile or shrink it"
+    if isinstance(error, UnidentifiedImageError):
+        with open(path, "rb") as file:
+            heic = file.read(8)[4:] == b"ftyp"
+        reason, remedy = ("HEIC or AVIF", "convert it to JPEG") if heic else ("not an image", remedy)
+    return f"{path}: cannot be read ({reason}); {remedy}"
 
 
 def short_list(items, most=3):
@@ -185,18 +221,23 @@ def short_list(items, most=3):
 
 def open_data(dataset, root=None):
     """The data set that --dataset and --data-root name. Raises InputError where it is not there."""
-    root = Path(root or PROTOCOLS[dataset].data_root)
     if dataset == "shapes":
+        if root:
+            raise InputError(f"--data-root {root}: the data set shapes is drawn, not read; give --dataset "
+                             f"custom (or voc, voc_classic, cityscapes) with it")
         return Shapes()
+    root = Path(root or PROTOCOLS[dataset].data_root)
     if not root.is_dir():
-        remedy = {"voc": ", or download it: python prepare.py --dataset voc --download",
+        remedy = {"voc": f", or download it: {command('prepare.py', 'voc', root, '--download')}",
                   "cityscapes": ", with leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip from "
                                 "cityscapes-dataset.com unpacked in it"}
         raise InputError(f"--data-root {root}: no such folder; give the folder of {dataset}"
                          + remedy.get(dataset.removesuffix("_classic"), ""))
-    if dataset == "cityscapes":
-        return open_cityscapes(root)
-    return open_custom(root) if dataset == "custom" else open_voc(root, dataset)
+    opened = {"cityscapes": open_cityscapes, "custom": open_custom}.get(dataset, open_voc)(root)
+    opened.dataset, opened.root = dataset, root
+    if dataset == "voc":
+        opened.labelled = opened.train
+    return opened
 
 
 def find_folder(root, child, parents):
@@ -207,8 +248,9 @@ def find_folder(root, child, parents):
     raise InputError(f"--data-root {root}: no folder {child}/ in it; give the folder that holds it")
 
 
-def open_voc(root, dataset):
-    """PASCAL VOC 2012, with SBD's masks in SegmentationClassAug/ for the blended training set."""
+def open_voc(root):
+    """PASCAL VOC 2012, with SBD's masks in SegmentationClassAug/ for the blended training set; only
+    VOC's own training ids are `labelled`."""
     root = find_folder(root, "JPEGImages", (".", "VOC2012", "VOCdevkit/VOC2012", ".."))
     lists = root / "ImageSets" / "Segmentation"
     voc_train, val = read_list(lists / "train.txt"), read_list(lists / "val.txt")
@@ -216,11 +258,10 @@ def open_voc(root, dataset):
     own = stems(root / "SegmentationClass")
     if not blended:
         raise InputError(f"{root / 'SegmentationClassAug'}: no masks; the blended training set needs "
-                         f"SBD's: python prepare.py --dataset voc --data-root {root} --download")
+                         f"SBD's: {command('prepare.py', 'voc', root, '--download')}")
     train = sorted((set(blended) | set(voc_train)) - set(val))
     images = {name: root / "JPEGImages" / f"{name}.jpg" for name in train + val}
-    return SegmentationData(VOC_CLASSES, voc_palette(21), images, blended | own, train, val,
-                            labelled=train if dataset == "voc" else voc_train)
+    return SegmentationData(VOC_CLASSES, voc_palette(21), images, blended | own, train, val, voc_train)
 
 
 def open_cityscapes(root):
@@ -230,11 +271,12 @@ def open_cityscapes(root):
         raise InputError(f"{root}: no folder gtFine/ in it; unpack gtFine_trainvaltest.zip there")
     images, masks, lists = {}, {}, {"train": [], "val": []}
     for part, names in lists.items():
-        for path in sorted((root / "leftImg8bit" / part).glob("*/*_leftImg8bit.png")):
-            name, city = path.name.removesuffix("_leftImg8bit.png"), path.parent.name
+        for path in sorted((root / "leftImg8bit" / part).rglob("*_leftImg8bit.png")):
+            name = path.name.removesuffix("_leftImg8bit.png")
             names.append(name)
             images[name] = path
-            masks[name] = root / "gtFine" / part / city / f"{name}_gtFine_labelTrainIds.png"
+            city = path.parent.relative_to(root / "leftImg8bit")
+            masks[name] = root / "gtFine" / city / f"{name}_gtFine_labelTrainIds.png"
     label_ids = None
     if not any(path.exists() for path in masks.values()):
         masks = {name: path.with_name(path.name.replace("TrainIds", "Ids"))
@@ -251,71 +293,110 @@ def open_custom(root):
 
     Every training image with a mask is labelled; every one without is not.
     """
-    photographs = next((root / folder for folder in ("JPEGImages", "images")
-                        if (root / folder).is_dir()), None)
+    folders = [path for path in sorted(root.iterdir()) if path.is_dir()]
+    photographs = next((root / name for name in ("JPEGImages", "images") if root / name in folders), None)
     if photographs is None:
-        raise InputError(f"--data-root {root}: neither JPEGImages/ nor images/ in it; give the "
-                         f"folder that holds one of them")
-    masks = next(filter(None, (stems(root / folder) for folder in (
-        "SegmentationClassIds", "SegmentationClass", "SegmentationClassPNG", "masks"))), {})
-    if (root / "labelmap.txt").exists() and not (root / "SegmentationClassIds").is_dir():
-        raise InputError(f"{root / 'labelmap.txt'}: masks in colour, as CVAT exports them; first "
-                         f"python prepare.py --dataset custom --data-root {root} --convert")
-    names_file = root / "class_names.txt"
-    try:
-        classes = names_file.read_text("utf-8-sig").rstrip().split("\n") if names_file.exists() else []
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(unreadable(names_file, error)) from None
-    classes = [name.strip() for name in classes]
-    if not any(classes):
-        raise InputError(f"{names_file}: missing or empty; write one class name a line, in the "
-                         f"order of the ids in the masks")
-    if not all(classes) or not 2 <= len(classes) <= IGNORE:
-        raise InputError(f"{names_file}: {len(classes)} lines; from 2 to {IGNORE} are needed, none of "
-                         f"them empty: a line's number is its class id")
-    images = stems(photographs, IMAGE_SUFFIXES)
-    lists, note = root / "ImageSets" / "Segmentation", None
-    train = sorted(read_list(lists / "train.txt") if (lists / "train.txt").exists() else images)
-    if (lists / "val.txt").exists():
-        val = read_list(lists / "val.txt")
+        raise InputError(f"--data-root {root}: neither JPEGImages/ nor images/ in it (but "
+                         f"{short_list(path.name for path in folders) or 'no folder'}); call the folder of "
+                         f"the photographs images/, and that of the masks masks/")
+    for mask_folder in (root / name for name in MASK_FOLDERS):
+        masks = stems(mask_folder)
+        if masks:
+            break
+    label_map = root / "labelmap.txt"
+    if label_map.exists() and root / "SegmentationClassIds" not in folders:
+        raise InputError(f"{label_map}: says that the masks are told by colour; make class ids of them: "
+                         f"{command('prepare.py', 'custom', root, '--convert')}")
+    classes = read_class_names(root / "class_names.txt")
+    images, notes = stems(photographs, IMAGE_SUFFIXES), []
+    listed = root / "ImageSets" / "Segmentation"
+    lists = {path.name.lower(): path for path in sorted(listed.glob("*"))}
+    train_list, val_list = lists.get("train.txt"), lists.get("val.txt") or lists.get("validation.txt")
+    train = sorted(read_list(train_list) if train_list else images)
+    with_mask = [name for name in train if name in masks]
+    held_out = [name for name in with_mask if name in images and {"val", "valid", "validation"} & {
+        part.lower() for part in images[name].relative_to(photographs).parts[:-1]}]
+    if val_list:
+        val = read_list(val_list)
     else:
-        with_mask = [name for name in train if name in masks]
-        drawn = np.random.default_rng(0).permutation(len(with_mask))[:-(-len(with_mask) // 10)]
-        val = sorted(with_mask[i] for i in drawn)
-        note = (f"no {lists / 'val.txt'}: {len(val)} of the {len(with_mask)} labelled images, drawn "
-                f"with a fixed seed, are kept for validation")
-    if note or not (lists / "train.txt").exists():
+        drawn = np.random.default_rng(0).permutation(len(with_mask))[:math.ceil(len(with_mask) / 10)]
+        val = held_out or sorted(with_mask[i] for i in drawn)
+        notes = [f"no {listed / 'val.txt'}: {len(val)} of the {len(with_mask)} labelled images, "
+                 f"{'those of the folder val/' if held_out else 'drawn with a fixed seed'}, are kept for "
+                 f"validation"]
+    if not val_list or not train_list:
         train = sorted({*train} - {*val})
     return SegmentationData(classes, voc_palette(len(classes)), images, masks, train, val,
-                            [name for name in train if name in masks], note=note)
+                            [name for name in train if name in masks], notes=notes,
+                            folders=(photographs, mask_folder))
+
+
+def read_class_names(path):
+    """The names in class_names.txt: a line's number, from 0, is the class id."""
+    names = read_lines(path) if path.exists() else []
+    while names and not names[-1]:
+        names.pop()
+    numbers = [int(number[1]) for name in names if (number := re.match(r"(\d+)(?:\W|$)", name))]
+    if not names:
+        other = [f"; or rename {name}, if it is that" for name in ("classes.txt", "labels.txt")
+                 if path.with_name(name).exists()]
+        text = f"missing or empty; write one class name a line, in the order of the ids{''.join(other[:1])}"
+    elif "__ignore__" in names:
+        text = "__ignore__ is 255 in the masks, and no class; remove its line"
+    elif not all(names) or not 2 <= len(names) <= IGNORE:
+        text = (f"{len(names)} lines; from 2 to {IGNORE} are needed, one class name a line, none of them "
+                f"empty: a line's number, from 0, is its class id")
+    elif len({*names}) < len(names):
+        text = f"{max(names, key=names.count)} stands there twice; give each class a name of its own"
+    elif len(numbers) == len(names) and numbers != [*range(len(names))]:
+        text = (f"numbered from {numbers[0]}, but a line's number, from 0, is its class id; write a line "
+                f"for each id in the masks, from 0, without numbers")
+    else:
+        return names
+    raise InputError(f"{path}: {text}")
+
+
+def read_lines(path):
+    with reading(path):
+        text = path.read_text("utf-8-sig")
+        if "\0" in text:  # UTF-16 without its mark
+            raise UnicodeError
+        return [line.strip() for line in text.splitlines()]
 
 
 def stems(folder, suffixes=(".png",)):
-    """stem -> file, of the files in a folder with one of the suffixes, sorted; {} without folder."""
+    """stem -> file, of the files in a folder with one of the suffixes, sorted; {} without folder.
+
+    A folder that has none itself is read with its subfolders, but for test/. Stems are in Unicode's
+    form NFC, whatever the file system or a list uses.
+    """
+    def wanted(path):
+        *parents, name = path.relative_to(folder).parts
+        return (path.suffix.lower() in suffixes and "test" not in parents
+                and not any(part.startswith(".") for part in (*parents, name)))
+
     found = {}
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if path.suffix.lower() in suffixes and not path.name.startswith("."):
-            if path.stem in found:
-                raise InputError(f"{path} and {found[path.stem].name}: two files for one id; "
-                                 f"remove or rename one")
-            found[path.stem] = path
+    for path in sorted(filter(wanted, folder.glob("*"))) or sorted(filter(wanted, folder.rglob("*"))):
+        stem = unicodedata.normalize("NFC", path.stem)
+        if re.search("[\n\ud800-\udfff]", stem):  # the latter: bytes that are no UTF-8
+            raise InputError(f"{folder}: a file has the strange name {ascii(path.name)}; rename it")
+        if stem in found:
+            raise InputError(f"{path} and {found[stem]}: two files for one id; rename one, remove it, or, "
+                             f"if it is a mask, move it away from the photographs")
+        found[stem] = path
     return found
 
 
 def read_list(path):
     """The ids in a list, one a line, in any form in use: bare ids, JPEGImages/ID.jpg with or without
-    its mask behind it, or leftImg8bit/train/CITY/ID_leftImg8bit.png. # opens a comment line."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(unreadable(path, error)) from None
+    its mask behind it, or leftImg8bit/train/CITY/ID_leftImg8bit.png. "# " opens a comment line."""
     ids = []
-    for line in filter(None, map(str.strip, lines)):
-        if line.startswith("#"):
+    for line in filter(None, read_lines(path)):
+        if line.startswith("# "):
             continue
-        file = re.match(r"(.+?)\.(?:jpe?g|png|bmp|webp|tiff?)(?:\s|$)", line, re.IGNORECASE)
+        file = re.match(r"(.+?)\.(?:jpe?g|jfif|png|bmp|webp|tiff?)(?:\s|$)", line, re.IGNORECASE)
         name = re.split(r"[/\\]", file[1] if file else line)[-1]
-        ids.append(name.removesuffix("_leftImg8bit"))
+        ids.append(unicodedata.normalize("NFC", name.removesuffix("_leftImg8bit")))
     twice = sorted(name for name in set(ids) if ids.count(name) > 1) if len(set(ids)) < len(ids) else []
     if twice:
         raise InputError(f"{path}: ids listed twice: {short_list(twice)}; keep one line of each")
@@ -358,20 +439,6 @@ def split_ids(data, dataset, split):
     return sorted(labelled), sorted(set(data.train) - set(labelled))
 
 
-def draw_splits(folder=HERE / "splits"):
-    """Write the position lists of splits/: the first 92, 183, ... of one seeded permutation, so that
-    a smaller split is the start of a larger one."""
-    for dataset, sizes in DRAWN_SPLITS.items():
-        total = TRAINING_SETS[dataset]
-        order = np.random.default_rng(0).permutation(total)
-        (folder / dataset).mkdir(parents=True, exist_ok=True)
-        for name, size in zip(SPLITS, sizes):
-            (folder / dataset / f"{name}.txt").write_text(
-                f"# positions in the {total} sorted training ids of {dataset}: the first {size} of "
-                f"numpy.random.default_rng(0).permutation({total}); made by data.draw_splits()\n"
-                + "".join(f"{p}\n" for p in order[:size]))
-
-
 class Shapes(SegmentationData):
     """The embedded data set: 256 training and 128 validation images that shapes.py draws.
     """
@@ -387,8 +454,8 @@ class Shapes(SegmentationData):
     def image(self, name):
         return draw_shapes(name)[0]
 
-    def mask(self, name):
-        return draw_shapes(name)[1]
+    def labels(self, name):
+        return np.array(draw_shapes(name)[1]), None
 
 
 # The streams of draws: (seed, stream, iteration, slot) is the whole state of a generator.
@@ -459,10 +526,8 @@ class TrainingDraws(torch.utils.data.Dataset):
         image = self.data.image(name)
         if mask is not None and mask.size != image.size:
             raise InputError(f"{self.data.masks[name]}: not of the size of its image; export it again")
-        try:
+        with reading(self.data.images[name]):  # a photograph is decoded here, and may be truncated
             return augment.weak_augment(image, mask, self.crop_size, rng, self.scale, self.max_side)
-        except (OSError, SyntaxError) as error:  # a photograph is decoded here, and may be truncated
-            raise InputError(unreadable(self.data.images[name], error)) from None
 
     def to_tensor(self, picture, fill):
         return picture_to_tensor(augment.pad(picture, self.crop_size, fill))
@@ -493,11 +558,12 @@ def loaded(dataset, workers, **options):
     generator, and until then leave the signals that stop a run to the process that they load for.
     Raises the InputError of an item as one line, and another for a process that died.
 
-    Under DDP they are spawned, as its documentation asks: a fork beside the threads of gloo can
-    inherit a lock of Python's that nobody there lets go of, and hang. Spawned, they import the script,
-    which so needs its `if __name__ == "__main__"`.
+    Beside other ranks they are spawned, as DDP's documentation asks: a fork beside the threads of gloo
+    can inherit a lock of Python's that nobody there lets go of, and hang. Spawned, they import the
+    script, which so needs its `if __name__ == "__main__"`.
     """
-    context = "spawn" if workers and torch.distributed.is_initialized() else None
+    distributed = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+    context = "spawn" if workers and distributed else None
     if context:
         resource_tracker.ensure_running()  # its start would unblock the signals
     with loader_signals():

@@ -28,7 +28,7 @@ from data import (
     short_list,
 )
 from model import DeepLabV3Plus
-from prepare import problems
+from prepare import check_files
 from ranks import join, leave, rank, say, sum_over_ranks, together, world_size
 
 WHOLE_IMAGE_PIXELS = 2048 * 1024  # a larger image goes through windows, so that memory is bounded
@@ -231,7 +231,8 @@ def load_model(path, student=False, device="cpu"):
     settings = state["settings"]
     try:
         model = DeepLabV3Plus(len(state["classes"]), settings["backbone"], settings["output_stride"],
-                              settings["channels"], aux=settings["aux"])
+                              settings["channels"], aux=settings["aux"],
+                              multi_grid=settings.get("multi_grid", False))
         model.load_state_dict(state["student" if student else "teacher"])
     except (KeyError, RuntimeError) as error:
         raise InputError(f"{path}: does not fit its own settings ({str(error).splitlines()[-1].strip()})") \
@@ -313,7 +314,7 @@ def open_all(args, device):
                          f"but --data-root holds {short_list(data.classes)}; give its own data")
     if args.list:
         data.train, data.val = [], listed_ids(args.list, data, state)
-    found = problems(data, data.val, [])
+    found = check_files(data, data.val).problems
     if found:
         raise InputError(found[0])
     return networks, state, data

@@ -1,8 +1,8 @@
 """Is the data fit to train on? Checks it, downloads it, converts it.
 
-    python prepare.py --dataset NAME --data-root DIR       says what is there, and what is wrong with it
+    python prepare.py --dataset NAME --data-root DIR       says what is there, wrong with it, and unused
     python prepare.py --dataset voc --download             downloads and prepares PASCAL VOC 2012 and SBD
-    python prepare.py --dataset custom --data-root DIR --convert   colour masks (CVAT) -> index masks
+    python prepare.py --dataset custom --data-root DIR --convert   masks told by colour -> index masks
 
 Stopped anywhere, the same command resumes: what is unfinished is called .part, and takes its own
 name only when it is complete. What the user has is read, never changed.
@@ -12,14 +12,19 @@ import argparse
 import filecmp
 import os
 import re
+import shlex
 import shutil
 import socket
 import sys
 import tarfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
+from statistics import median
+from unicodedata import normalize
 
 import numpy as np
 from PIL import Image
@@ -29,97 +34,254 @@ from torchvision.datasets.voc import DATASET_YEAR_DICT
 
 from data import (
     IGNORE,
+    IMAGE_SUFFIXES,
+    MASK_FOLDERS,
     PROTOCOLS,
     SPLITS,
     InputError,
-    Shapes,
     open_data,
+    read_class_names,
+    read_lines,
     read_list,
+    reading,
     short_list,
     split_ids,
     stems,
-    unreadable,
     voc_palette,
 )
 
 TRAINING_IDS = 10582  # VOC train and all of SBD, without VOC val
 TIMEOUT = 60  # seconds for which a server may say nothing
 AGAIN = "run the same command again"
+CODE = np.array([1 << 16, 1 << 8, 1])  # of a colour
+SYSTEM_FILES = ("Thumbs.db", "desktop.ini")
+LOSSLESS = (".tif", ".tiff", ".bmp", ".gif", ".npy")  # masks that --convert reads beside PNGs
+MASK_WORDS = re.compile(r"(?:[-_. ]*(?:masks?|labels?\w*|gt\w*|seg\w*|annot\w*|png|jpe?g))+$", re.I)
+IMAGE_WORDS = re.compile(r"(?:[-_. ]*(?:img|images?|photo|rgb|sat))+$", re.I)
 
 
-def check_data(data, labelled, unlabelled, supervised=False, contents=500):
-    """Everything that would spoil a run on these ids, a line each; [] if all is well."""
-    found = problems(data, labelled, [] if supervised else unlabelled, contents)
-    if not unlabelled and not supervised:
-        found.append("no unlabelled image is left; give a smaller --split (1_8 labels every eighth), "
-                     "add images without masks, or train with --supervised")
+@dataclass
+class Findings:
+    """What a check found: lines that refuse a run, the most telling one first; lines that are only said;
+    how many pixels of the mask of each image hold each id, (256 or more,); each image's longer side."""
+    problems: list = field(default_factory=list)
+    notes: list = field(default_factory=list)
+    pixels: dict = field(default_factory=dict)
+    sides: list = field(default_factory=list)
+
+
+def check_data(data, labelled, unlabelled, supervised=False):
+    """Whether a run on these ids can go well, as prepare.py and train.py both ask. Returns Findings."""
+    found = check_files(data, sorted({*labelled, *data.val}), [] if supervised else unlabelled)
+    both = sorted({*data.train} & {*data.val})
+    if both:
+        found.problems.append(f"{len(both)} validation images are among the training ones: "
+                              f"{short_list(both)}; keep each in one list")
+    if not found.problems:
+        check_classes(data, labelled, found)
+    of_masks, of_photographs = unused(data, found.pixels) if data.folders else ([], [])
+    lacks, lines = None, of_photographs + of_masks
+    if not data.images:
+        lacks = f"{data.folders[0] if data.folders else data.root}: no photographs in it; put them there"
+    elif not labelled:
+        lacks, lines = "no labelled image is left to train on; add masks", of_masks + of_photographs
+        if len(data.masks) == len(data.val) == 1:
+            lacks = (f"{data.val[0]} alone has a mask, and two are needed, since one is kept for validation; "
+                     f"add the mask of another")
+    elif not data.val:
+        lacks = "no validation image; list some, with masks, in ImageSets/Segmentation/val.txt"
+    elif not unlabelled and not supervised:
+        lacks = (f"no unlabelled image is left; add images without masks, train with --supervised, or leave "
+                 f"the masks of half of them out: {data.command('train.py', '--split', '1_2')}")
+    found.problems += [*lines, lacks] if lacks else []
+    found.notes = data.notes + found.notes + ([] if lacks else lines)
     return found
 
 
-def problems(data, labelled, unlabelled, contents=500):
-    """Everything that would spoil a run, a line each; [] if all is well.
-
-    Files and sizes are read from the headers of all images and masks; the contents of the masks,
-    from at most `contents` of them, evenly spread (the others are checked whenever they are read).
-    """
-    if isinstance(data, Shapes):
-        return []  # drawn, not read
-    found = []
-    if not labelled:
-        found.append("no labelled image: no mask belongs to a training image; give masks, or another "
-                     "--split")
-    both = sorted(set(data.train) & set(data.val))
-    if both:
-        found.append(f"{len(both)} validation images are among the training ones: "
-                     f"{short_list(both)}; keep each in one list")
-    if not data.val:
-        found.append("no validation image: list some, with masks, in ImageSets/Segmentation/val.txt")
-    with_masks = sorted({*labelled, *data.val})
-    everything = sorted({*with_masks, *unlabelled})
-    absent = [n for n in everything if n not in data.images or not data.images[n].is_file()]
+def check_files(data, masked, unmasked=()):
+    """Reads the headers and ends of images, and the masks of those in `masked`. Returns Findings."""
+    found, lines, palettes, with_mask = Findings(), {}, {}, {*masked}
+    everything = sorted({*masked, *unmasked})
+    absent = [name for name in everything if name not in data.images]
+    bare = [name for name in masked if name not in data.masks]
     if absent:
-        found.append(f"{len(absent)} listed images are missing: {short_list(absent)}; complete the "
-                     f"data set or fix the list")
-    unmasked = [n for n in with_masks if n not in data.masks or not data.masks[n].is_file()]
-    if unmasked:
-        found.append(f"{len(unmasked)} images of the labelled or validation list have no mask: "
-                     f"{short_list(unmasked)}; add their masks or take them off the list")
-    skip = {*absent, *unmasked}
+        found.problems.append(f"{len(absent)} listed images are missing: {short_list(absent)}; complete the "
+                              f"data set or fix the list")
+    if bare:
+        found.problems.append(f"{len(bare)} images of the labelled or validation list have no mask: "
+                              f"{short_list(bare)}; add their masks or take them off the list")
 
-    def header(name):
+    def look(name):
+        said, side, pixels, palette = None, 0, None, None
         try:
-            size = data.image(name).size
-            if name in with_masks_set and name not in skip:
-                with Image.open(data.masks[name]) as mask:
-                    if mask.size != size:
-                        return (f"{data.masks[name]}: {mask.width} x {mask.height} pixels, but its "
-                                f"image (upright, as its EXIF says) has {size[0]} x {size[1]}; "
-                                f"export the mask again")
+            image = data.image(name)
+            side = max(image.size)
+            demand_whole(image, data.images[name])
+            if name in with_mask and name in data.masks:
+                labels, palette = data.labels(name)
+                pixels = (np.array(Image.fromarray(labels).histogram()) if labels.dtype == np.uint8 else
+                          np.bincount(labels.ravel(), minlength=256))  # five times slower
+                if labels.shape[::-1] != image.size:
+                    said = (f"{data.masks[name]}: {labels.shape[1]} x {labels.shape[0]} pixels, but its "
+                            f"image (upright, as its EXIF says) has {image.width} x {image.height}; "
+                            f"export the mask again")
         except InputError as error:
-            return str(error)
-        except (OSError, SyntaxError) as error:
-            return unreadable(data.masks[name], error)
+            said = str(error)
+        return name, said, side, pixels, palette
 
-    def content(name):
-        try:
-            seen[np.unique(data.mask(name))] = True
-        except InputError as error:
-            return str(error)
-
-    seen = np.zeros(256, bool)
-    with_masks_set = set(with_masks)
-    readable = [n for n in with_masks if n not in skip]
     with ThreadPoolExecutor() as pool:
-        found += filter(None, pool.map(header, (n for n in everything if n not in absent)))
-        found += filter(None, pool.map(content, readable[::-(-len(readable) // contents) or 1]))
+        for name, said, side, pixels, palette in pool.map(look, (n for n in everything if n in data.images)):
+            found.sides.append(side)
+            if said:  # one line for all files that have the same remedy
+                lines.setdefault(said.rpartition("; ")[2], []).append(said)
+            if pixels is not None:
+                found.pixels[name], palettes[name] = pixels, palette
+    for remedy, (said, *more) in lines.items():
+        found.problems.append(
+            f"{said.removesuffix('; ' + remedy)} (and {len(more)} more); {remedy}" if more else said)
+    check_ids(data, found)
+    check_palettes(data, palettes, found)
+    return found
+
+
+def demand_whole(image, path):
+    """Raise InputError for a JPEG or PNG that breaks off, as its end tells."""
+    mark = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}.get(image.format)
+    if mark:
+        with reading(path), open(path, "rb") as file:
+            for length in (16, 1 << 16):  # cameras append things of their own
+                file.seek(max(0, os.fstat(file.fileno()).st_size - length))
+                end = file.read()
+                if end.rfind(mark) > end.rfind(b"\xff\xda"):  # a thumbnail's is before the scan
+                    return
+            image.draft(None, (1, 1))
+            image.load()
+
+
+def check_classes(data, labelled, found):
+    """Add what the masks cannot teach or measure: too few classes, or none of some class."""
+    absent = {}
+    for part, names in (("labelled", labelled), ("validation", data.val)):
+        pixels = sum((found.pixels[name] for name in names), np.zeros(256, int))
+        held = [label for label, count in zip(data.classes, pixels) if count]
+        absent[part] = [label for label in data.classes if label not in held and names]
+        if names and len(held) < (2 if part == "labelled" else 1):
+            found.problems.append(
+                f"the {part} masks, {data.masks[names[0]]} for one, hold {held[0] if held else 'nothing'} "
+                f"alone" + f", beside {IGNORE}, which is ignored" * bool(pixels[IGNORE]) + "; " + (
+                    data.conversion() * bool(held and pixels[IGNORE]) or "add masks of other classes"))
+            return
+    unmeasured = [label for label in absent["validation"] if label not in absent["labelled"]]
+    for part, names, so in (("labelled", absent["labelled"], "will not be learnt"),
+                            ("validation", unmeasured, "is not in the mean IoU")):
+        if names:
+            found.notes.append(f"no {part} mask holds {short_list(names)}, which {so}")
+
+
+def check_ids(data, found):
+    """Add a line if masks hold ids that no class has."""
+    C = len(data.classes)
+    strange = {name: np.flatnonzero(counts[C:]) + C for name, counts in found.pixels.items()}
+    files = [data.masks[name] for name, ids in strange.items() if {*ids} - {IGNORE}]
+    if not files:
+        return
+    ids = np.setdiff1d(np.concatenate([*strange.values()]), IGNORE)
+    names_file = data.root / "class_names.txt"
+    if data.dataset != "custom":
+        remedy = "replace the mask"
+    elif [*ids] == [C]:
+        remedy = ("no mask holds 0, and " * all(not counts[0] for counts in found.pixels.values())
+                  + f"ids count from 0: if 0 is a class too, write its name as the first line of "
+                    f"{names_file}; if it is what nobody annotated, {data.conversion()}")
+    else:
+        remedy = (f"if these are class ids, write a name for each id, from 0, into {names_file}; if they are "
+                  f"grey levels or colours, {data.conversion()}")
+    more = f" (and {len(files) - 1} more)" if len(files) > 1 else ""
+    found.problems.append(f"{files[0]}{more}: holds the ids {short_list(ids)}, but there are {C} classes "
+                          f"(0 to {C - 1}); {remedy}")
+
+
+def check_palettes(data, palettes, found):
+    """Add a line if two index PNGs give an id that both hold different colours."""
+    shades = {}  # id -> its colour, and the first mask that says so
+    for name, palette in palettes.items():
+        for i in np.flatnonzero(found.pixels[name][:IGNORE]) if palette else ():
+            colour = tuple(palette[3 * i:3 * i + 3])
+            before, path = shades.setdefault(i, (colour, data.masks[name]))
+            if before != colour:
+                found.problems.append(f"{path} and {data.masks[name]}: the id {i} is {written(before)} in the "
+                                      f"one and {written(colour)} in the other; {data.conversion('replace one')}")
+                return
+
+
+def unused(data, pixels):
+    """What lies in an own folder and is not used, or not as it seems to be meant: lines about masks, and
+    lines about photographs, each with an example, a count, and what to do."""
+    photographs, mask_folder = data.folders
+    owners = {IMAGE_WORDS.sub("", name).lower(): name for name in sorted(data.images, key=len, reverse=True)}
+
+    def owner(stem):  # the image whose mask a file of this stem seems to be
+        return owners.get(MASK_WORDS.sub("", stem).lower())
+
+    def line(names, files, text):
+        first = f"{files[names[0]]}: {len(names)} " if names else ""
+        return [first + text.replace("OWNER", str(owner(names[0])))] if names else []
+
     strays = sorted(data.masks.keys() - data.images.keys())
-    if strays:
-        found.append(f"{len(strays)} masks have no image of their name: {short_list(strays)}; a mask "
-                     f"needs the stem of its image")
-    if readable and not found and not seen[:IGNORE].any():
-        found.append(f"the masks, {data.masks[readable[0]].name} for one, hold nothing but {IGNORE}, "
-                     f"which is ignored; export them as class ids")
-    return list(dict.fromkeys(found))
+    of_masks = [
+        *line([name for name, path in data.images.items()
+               if path.suffix.lower() == ".png" and owner(name) not in (None, name)], data.images,
+              f"files like this one look like masks, and are read as photographs; if they are masks, move "
+              f"them into {mask_folder}/, this one as OWNER.png, and so on"),
+        *line([name for name in strays if owner(name)], data.masks,
+              "masks like this one have no image of their name; a mask needs the stem of its image: call "
+              "this one OWNER.png, and so on"),
+        *line([name for name in strays if not owner(name)], data.masks,
+              "masks like this one have no image of their name; a mask needs the stem of its image")]
+    of_photographs = [
+        *line([name for name in pixels if np.count_nonzero(pixels[name][:IGNORE]) == 1], data.masks,
+              "masks like this one hold one class alone; if nobody annotated these, remove them, and their "
+              "images are unlabelled"),
+        *line(sorted(data.images.keys() - {*data.train, *data.val}), data.images,
+              "photographs like this one are on no list in ImageSets/Segmentation; to train on them, add "
+              "them to its train.txt")]
+    groups, used = {}, {*data.images.values(), *data.masks.values()}
+    for path in sorted(data.root.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(data.root).parts)
+        if not hidden and path not in used and path.is_file() and path.name not in SYSTEM_FILES:
+            groups.setdefault((path.parent, path.suffix.lower()), []).append(path)
+    for (folder, suffix), paths in groups.items():
+        among_images = photographs in (folder, *folder.parents)
+        among_masks = any(data.root / name in (folder, *folder.parents) for name in MASK_FOLDERS)
+        if not among_images:
+            paths = [path for path in paths if normalize("NFC", path.stem) not in data.masks]
+        if among_masks or (suffix == ".png" and not among_images and any(owner(path.stem) for path in paths)):
+            lines, remedy = of_masks, (
+                f"if they are masks, move them into {mask_folder}/" if suffix == ".png" else
+                data.conversion() if suffix in LOSSLESS else
+                "export the masks again, as PNGs" + ": JPEG changes ids" * (suffix in IMAGE_SUFFIXES))
+        else:
+            lines, remedy = of_photographs, (
+                f"to train on them, move them into {photographs}/" if suffix in IMAGE_SUFFIXES else
+                "if they are photographs, convert them to JPEG" if suffix else
+                "if they are photographs, give them a suffix such as .jpg")
+        if paths and (among_images or among_masks or suffix in {*IMAGE_SUFFIXES, ".heic", ".heif"}):
+            lines.append(f"{folder}: {len(paths)} files {suffix or 'without suffix'} ({paths[0].name} for "
+                         f"one) are not read; {remedy}")
+    if mask_folder.name == MASK_FOLDERS[0]:
+        of_masks.extend(outdated(data, mask_folder))
+    return of_masks[:4], of_photographs[:4]
+
+
+def outdated(data, final):
+    """[a line], if a mask is newer than what --convert made of it."""
+    for name, path in originals(data.root)[1].items():
+        made = final / f"{name}.png"
+        if path.stat().st_mtime > (made if made.exists() else final).stat().st_mtime:
+            again = f"{shlex.join(['mv', str(final), f'{final}.old'])} && " + data.command(
+                "prepare.py", "--convert")
+            return [f"{path}: newer than {final}; if it has changed, convert the masks anew: {again}"]
+    return []
 
 
 def download_voc(root):
@@ -129,7 +291,6 @@ def download_voc(root):
     A VOC 2012 where open_voc looks for it, benchmark_RELEASE/ and the two archives in `root` are
     used if they are there.
     """
-    root = Path(root)
     folder, url, file, md5 = (DATASET_YEAR_DICT["2012"][key]
                               for key in ("base_dir", "url", "filename", "md5"))
     voc = next((root / parent for parent in (".", "VOC2012", "VOCdevkit/VOC2012", "..")
@@ -138,8 +299,8 @@ def download_voc(root):
         try:
             from scipy.io import loadmat
         except ImportError:
-            raise InputError("--download: reading SBD's .mat masks needs scipy; pip install scipy, "
-                             f"and {AGAIN}") from None
+            raise InputError(f"--download: reading SBD's .mat masks needs scipy; pip install scipy, and "
+                             f"{AGAIN}") from None
         voc = voc or unpacked(root, folder, url, file, md5)
         make_blended_masks(voc, root, loadmat)
     lists, masks = voc / "ImageSets" / "Segmentation", voc / "SegmentationClassAug"
@@ -155,8 +316,7 @@ def make_blended_masks(voc, root, loadmat):
     demand(voc, lists)
     train, val = (read_list(voc / file) for file in lists)
     demand(voc, [f"SegmentationClass/{name}.png" for name in train + val])
-    sbd = unpacked(root, "benchmark_RELEASE", SBDataset.url, SBDataset.filename,
-                   SBDataset.md5) / "dataset"
+    sbd = unpacked(root, "benchmark_RELEASE", SBDataset.url, SBDataset.filename, SBDataset.md5) / "dataset"
     demand(sbd, ["train.txt", "val.txt"])
     ids = sorted({*train, *read_list(sbd / "train.txt"), *read_list(sbd / "val.txt")} - {*val})
     demand_count(ids, sbd)
@@ -170,11 +330,9 @@ def make_blended_masks(voc, root, loadmat):
         if (part / f"{name}.png").exists():
             continue
         path = own.get(name, sbd / "cls" / f"{name}.mat")
-        try:
-            labels = (np.array(Image.open(path)) if name in own
-                      else loadmat(path)["GTcls"]["Segmentation"][0, 0])
-        except Exception as error:  # scipy has a dozen kinds of them for a damaged file
-            raise InputError(unreadable(path, error)) from None
+        with reading(path):  # scipy has a dozen kinds of errors for a damaged file
+            labels = np.array(Image.open(path)) if name in own else loadmat(path)["GTcls"][
+                "Segmentation"][0, 0]
         if labels.ndim != 2 or ((labels > 20) & (labels != IGNORE)).any():
             raise InputError(f"{path}: not a map of VOC's 21 classes; replace it, and {AGAIN}")
         write_png(labels, voc_palette(21), part / f"{name}.png")
@@ -186,14 +344,14 @@ def make_blended_masks(voc, root, loadmat):
 def demand(folder, files):
     missing = [file for file in files if not (folder / file).is_file()]
     if missing:
-        raise InputError(f"{folder}: incomplete, without {short_list(missing)}; complete it, or "
-                         f"move it away, and {AGAIN}")
+        raise InputError(f"{folder}: incomplete, without {short_list(missing)}; complete it, or move it "
+                         f"away, and {AGAIN}")
 
 
 def demand_count(ids, source):
     if len(ids) != TRAINING_IDS:
-        raise InputError(f"{source}: gives {len(ids)} training ids, but the protocol has "
-                         f"{TRAINING_IDS}; move that folder away, and {AGAIN}")
+        raise InputError(f"{source}: gives {len(ids)} training ids, but the protocol has {TRAINING_IDS}; "
+                         f"move that folder away, and {AGAIN}")
 
 
 def unpacked(root, folder, url, filename, md5):
@@ -215,8 +373,8 @@ def unpacked(root, folder, url, filename, md5):
         os.replace(part / folder, target)
     except (OSError, tarfile.TarError, EOFError, zlib.error) as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"{archive}: cannot be unpacked ({reason}); make room, or remove it if "
-                         f"damaged, and {AGAIN}") from None
+        raise InputError(f"{archive}: cannot be unpacked ({reason}); make room, or remove it if damaged, and "
+                         f"{AGAIN}") from None
     shutil.rmtree(part, ignore_errors=True)
     return target
 
@@ -234,79 +392,148 @@ def fetch(url, archive, md5):
     except (OSError, HTTPException, RecursionError) as error:  # the last: redirects without end
         raise InputError(f"{url}: cannot be fetched ({error}); {remedy}") from None
     except RuntimeError:  # the checksum
-        raise InputError(f"{archive}: truncated, or another file, as {url} gave it (its md5 is not "
-                         f"{md5}); {remedy}") from None
+        raise InputError(f"{archive}: truncated, or another file, as {url} gave it (its md5 is not {md5}); "
+                         f"{remedy}") from None
     finally:
         socket.setdefaulttimeout(None)
 
 
-def convert_colour_masks(root):
-    """CVAT's "Segmentation mask 1.1": SegmentationClass/ in colour -> SegmentationClassIds/ in ids.
+def originals(root):
+    """(folder, stem -> file): the masks that --convert starts from; {} if there are none."""
+    for folder in (root / name for name in MASK_FOLDERS[1:]):
+        masks = stems(folder, LOSSLESS) | stems(folder)
+        if masks:
+            break
+    return folder, masks
 
-    Ids count the lines of labelmap.txt from 0, and class_names.txt names them in that order. Black
-    is ignored (255) where the label map has neither "background" nor a black label. Run again, it
-    adds the masks that are new; what it would have to overwrite is an InputError.
+
+def convert_masks(root):
+    """Masks that are told by colour -> SegmentationClassIds/, index PNGs of class ids.
+
+    labelmap.txt says which colour is which class; the ids are those of class_names.txt, or if it is not
+    there yet, of the label map's own order. Black is ignored (255) where the label map has neither
+    "background" nor a black label. Without a label map, black and white beside two class names and grey
+    values that are ids already are taken as such; for other colours it is written, and asks for names.
+    Run again, it adds the masks that are new; what it would have to overwrite is an InputError.
     """
-    root = Path(root)
-    names, colours = read_label_map(root / "labelmap.txt")
-    masks, names_file = stems(root / "SegmentationClass"), root / "class_names.txt"
+    names_file, label_map, final, part = (root / name for name in (
+        "class_names.txt", "labelmap.txt", "SegmentationClassIds", "SegmentationClassIds.part"))
+    folder, masks = originals(root)
     if not masks:
-        raise InputError(f"{root}: no masks in SegmentationClass/*.png to convert; give the folder "
-                         f"of the export as --data-root")
-    if names_file.exists() and names_file.read_text("utf-8-sig", "replace").splitlines() != names:
-        raise InputError(f"{names_file}: there already, and not the names of labelmap.txt; move it "
-                         f"away, and {AGAIN}")
-    ids = np.full(1 << 24, -1, np.int16)  # one for every colour there is
-    if "background" not in names:
-        ids[0] = IGNORE
-    ids[colours @ [1 << 16, 1 << 8, 1]] = range(len(names))
+        raise InputError(f"{root}: no masks to convert in {'/, '.join(MASK_FOLDERS[1:])}/; give the folder "
+                         f"that holds one of them as --data-root")
+    names = read_class_names(names_file) if names_file.exists() else []
+    found = {}  # (r, g, b) -> [its pixels, a mask that holds it]
+    for path in masks.values():
+        counts = coloured(path).getcolors(256)
+        if not counts:
+            raise InputError(f"{path}: more than 256 colours, as smoothed edges or a JPEG give them; export "
+                             f"the masks again without that, and {AGAIN}")
+        for count, colour in counts:
+            found.setdefault(colour, [0, path])[0] += count
+    labels = read_label_map(label_map) if label_map.exists() else plain_labels(found, names)
+    if not labels:
+        ask_for_names(label_map, folder, found, names)
+    known = list(dict.fromkeys(label for label in labels.values() if label != "ignore"))
+    if "background" not in known:
+        labels.setdefault((0, 0, 0), "ignore")
+    strange = sorted(found.keys() - labels.keys())
+    unnamed = [label for label in known if names and label not in names]
+    names = names or known
+    if strange:
+        raise InputError(f"{found[strange[0]][1]}: holds colours that {label_map} has not: "
+                         f"{short_list(map(written, strange))}; add them there, and {AGAIN}")
+    if unnamed:
+        raise InputError(f"{names_file}: has not {short_list(unnamed)}, which {label_map} has; make them "
+                         f"agree, or remove {names_file}, and {AGAIN}")
+    if len(names) < 2:
+        raise InputError(f"{label_map}: one class alone; add a line for the rest, such as background:0,0,0, "
+                         f"and {AGAIN}")
+    ids, palette = np.full(1 << 24, IGNORE, np.uint8), voc_palette(len(names))
+    for colour, label in reversed(labels.items()):
+        if label != "ignore":
+            ids[colour @ CODE], palette[names.index(label)] = names.index(label), colour
+    total = sum(count for count, _ in found.values())
+    for colour, (count, path) in sorted(found.items(), key=lambda item: -item[1][0]):
+        print(f"{written(colour):13} -> {ids[colour @ CODE]:3} {labels[colour]:20} {count / total:7.2%} of the "
+              f"pixels, {path.name} for one")
 
-    final = root / "SegmentationClassIds"
-    part, old = final.with_suffix(".part"), final.with_suffix(".old")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     for name, path in masks.items():
-        try:
-            pixels = np.array(Image.open(path).convert("RGB")).astype(np.int32)
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise InputError(unreadable(path, error)) from None
-        codes = pixels @ [1 << 16, 1 << 8, 1]
-        labels = ids[codes]
-        if (labels < 0).any():
-            strange = (f"({c >> 16},{c >> 8 & 255},{c & 255})"
-                       for c in np.unique(codes[labels < 0]))
-            raise InputError(f"{path}: holds colours that labelmap.txt has not: "
-                             f"{short_list(strange)}; add them there, or fix the mask")
-        write_png(labels, colours, part / f"{name}.png")
+        write_png(ids[np.asarray(coloured(path)) @ CODE], palette, part / f"{name}.png")
     for path in stems(final).values():
         new = part / path.name
         if not new.exists() or not filecmp.cmp(path, new, shallow=False):
-            raise InputError(f"{path}: not what SegmentationClass/ now gives; move {final} away, "
-                             f"and {AGAIN}")
+            raise InputError(f"{path}: not what {folder} now gives; move {final} away, and {AGAIN}")
     names_file.with_suffix(".part").write_text("".join(f"{name}\n" for name in names), "utf-8")
     os.replace(names_file.with_suffix(".part"), names_file)
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        os.replace(final, old)
+    shutil.rmtree(final, ignore_errors=True)  # all of it is in `part` too
     os.replace(part, final)
-    shutil.rmtree(old, ignore_errors=True)
     print(f"{final}: {len(masks)} masks, of the {len(names)} classes in {names_file}")
 
 
+def written(colour):
+    return f"({','.join(map(str, colour))})"
+
+
+def coloured(path):
+    """A mask as a Pillow RGB image, whatever holds its colours; ids of 16 bits become grey values."""
+    with reading(path):
+        if path.suffix.lower() == ".npy":
+            grey = np.load(path)
+            grey = np.where(grey == -1, IGNORE, grey)  # labelme's
+        else:
+            with Image.open(path) as picture:
+                if picture.mode[0] not in "IF":
+                    return picture.convert("RGB")
+                grey = np.array(picture)
+        grey = np.where(grey <= IGNORE, grey, grey / 257)  # 0 and 65535
+        if grey.ndim != 2 or not np.isin(grey, range(256)).all():
+            raise InputError(f"{path}: no map of class ids from 0 to 255; export it again")
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+
+
+def plain_labels(colours, names):
+    """{colour: label}, where grey values say it by themselves; else {}."""
+    greys = {colour[0] for colour in colours}
+    ids = greys & {*range(len(names))}
+    if any(len({*colour}) > 1 for colour in colours):
+        return {}
+    if greys == {0, IGNORE} and len(names) == 2:
+        return {(0, 0, 0): names[0], (IGNORE,) * 3: names[1]}
+    if len(ids) < 2 or not greys <= ids | {IGNORE}:
+        return {}
+    return {(grey,) * 3: "ignore" if grey == IGNORE else names[grey] for grey in greys}
+
+
+def ask_for_names(path, folder, colours, names):
+    """Write a label map of the colours found, in which the user is to put the names right."""
+    background = any("background" in name.lower() for name in names)
+    largest = sorted(colours, key=lambda colour: (not any(colour) and not background, -colours[colour][0]))
+    chosen = sorted(colours) if len(colours) <= len(names) else sorted(largest[:len(names)])
+    proposed = dict(zip(chosen, names, strict=False))
+    total = sum(count for count, _ in colours.values())
+    lines = [f"# {count / total:.2%} of the pixels, {file.name} for one\n"
+             f"{proposed.get((r, g, b), 'ignore' if names else '?')}:{r},{g},{b}::\n"
+             for (r, g, b), (count, file) in sorted(colours.items())]
+    path.write_text("".join(["# label:color_rgb:parts:actions\n", *lines]), "utf-8")
+    raise InputError(f"{path}: written, with the {len(colours)} colours of {folder}; put the right name "
+                     f"before each (ignore, if it is no class), and {AGAIN}")
+
+
 def read_label_map(path):
-    """Lines of label:r,g,b:parts:actions, and # comments -> the labels and their (C, 3) colours."""
-    try:
-        lines = [line for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{unreadable(path, error)}; --convert is for CVAT's export named "
-                         f"Segmentation mask 1.1, which has one") from None
+    """Lines of label:r,g,b:parts:actions, and # comments -> {(r, g, b): label}."""
     entries = [re.match(r"(.+?):(\d+),(\d+),(\d+)(:|\s*$)", line)
-               for line in lines if not line.startswith("#")]
-    colours = [tuple(map(int, entry.groups()[1:4])) for entry in entries if entry]
-    if not 0 < len(set(colours)) == len(entries) <= IGNORE or max(map(max, colours)) > 255:
-        raise InputError(f"{path}: not 1 to 255 lines of label:r,g,b:parts:actions, each of its "
-                         f"own colour; fix it, and {AGAIN}")
-    return [entry[1].strip() for entry in entries], np.array(colours)
+               for line in read_lines(path) if line and not line.startswith("#")]
+    labels = {tuple(map(int, entry.groups()[1:4])): entry[1].strip() for entry in entries if entry}
+    if not 0 < len(labels) == len(entries) or len({*labels.values()}) > IGNORE or max(map(max, labels)) > 255:
+        raise InputError(f"{path}: not 1 to 255 lines of label:r,g,b:parts:actions, each of its own colour; "
+                         f"fix it, and {AGAIN}")
+    if "?" in labels.values():
+        raise InputError(f"{path}: still has ? for a name; put the name of the colour's class there (ignore, "
+                         f"if it is none), and {AGAIN}")
+    return labels
 
 
 def write_png(labels, colours, path):
@@ -323,57 +550,52 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Check a data set, and say what is wrong with it.")
     parser.add_argument("--dataset", choices=PROTOCOLS, default="shapes")
     parser.add_argument("--data-root", help="folder of the data set (default: data/NAME)")
-    parser.add_argument("--split", help="report on this split too: a name, or a file of ids")
+    parser.add_argument("--split", help="check this split: a name, or a file of ids (default: as train.py's)")
     task = parser.add_mutually_exclusive_group()
     task.add_argument("--download", action="store_true",
                       help="voc: first download VOC 2012 and SBD, and make SegmentationClassAug/")
     task.add_argument("--convert", action="store_true",
-                      help="custom: first turn CVAT's colour masks into SegmentationClassIds/")
+                      help="custom: first turn masks told by colour into SegmentationClassIds/")
     args = parser.parse_args(argv)
+    protocol = PROTOCOLS[args.dataset]
     try:
-        root = Path(args.data_root or PROTOCOLS[args.dataset].data_root)
-        if args.download or args.convert:
-            if args.download and args.dataset.startswith("voc"):
-                download_voc(root)
-            elif args.convert and args.dataset == "custom":
-                convert_colour_masks(root)
-            else:
-                raise InputError("--download goes with --dataset voc, --convert with --dataset custom"
-                                 + ("; for Cityscapes, log in at cityscapes-dataset.com and unpack "
-                                    f"leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip in {root}"
-                                    if args.dataset == "cityscapes" else ""))
+        root = Path(args.data_root or protocol.data_root)
+        if args.download and args.dataset.startswith("voc"):
+            download_voc(root)
+        elif args.convert and args.dataset == "custom":
+            convert_masks(root)
+        elif args.download or args.convert:
+            raise InputError("--download goes with --dataset voc, --convert with --dataset custom"
+                             + ("; for Cityscapes, log in at cityscapes-dataset.com and unpack "
+                                f"leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip in {root}"
+                                if args.dataset == "cityscapes" else ""))
         data = open_data(args.dataset, args.data_root)
         print(f"{args.dataset}: {len(data.images)} images, {len(data.masks)} masks; {len(data.train)} "
-              f"for training, {len(data.val)} for validation" + (f"\n{data.note}" if data.note else ""))
+              f"for training, {len(data.val)} for validation")
         for split in SPLITS:
-            try:
+            with suppress(InputError):  # of an incomplete data set
                 labelled, unlabelled = split_ids(data, args.dataset, split)
-            except InputError as error:
-                print(error)
-                continue
-            print(f"--split {split:5} {len(labelled):6} labelled {len(unlabelled):6} unlabelled")
-        labelled, unlabelled = split_ids(data, args.dataset, args.split)
+                print(f"--split {split:5} {len(labelled):6} labelled {len(unlabelled):6} unlabelled")
+        labelled, unlabelled = split_ids(data, args.dataset, args.split or protocol.split)
         print(f"as given      {len(labelled):6} labelled {len(unlabelled):6} unlabelled")
-        found = problems(data, labelled, unlabelled, contents=10 ** 9)
-        for line in found:
-            print(line, file=sys.stderr)
-        if found:
+        found = check_data(data, labelled, unlabelled)
+        print(*found.notes, sep="\n", end="\n" * bool(found.notes))
+        if found.problems:
+            print(*found.problems, sep="\n", file=sys.stderr)
             sys.exit(2)
-        names = labelled
-        with ThreadPoolExecutor() as pool:
-            pixels = sum(pool.map(lambda name: np.bincount(np.asarray(data.mask(name)).ravel(),
-                                                           minlength=256), names))
+        pixels = sum(found.pixels[name][:256] for name in labelled)
         for c, label in enumerate(data.classes):
             print(f"{c:4} {label:20} {pixels[c] / pixels[:IGNORE].sum():7.2%} of the labelled pixels")
-        absent = [label for c, label in enumerate(data.classes) if not pixels[c]]
-        if absent:
-            print(f"classes without a labelled pixel: {short_list(absent)}")
         print(f" 255 {'ignored':20} {pixels[IGNORE] / pixels.sum():7.2%} of all pixels")
+        side, crop = round(median(found.sides)), protocol.crop_size
+        if side > 3 * crop:
+            options = ["--split", args.split] * bool(args.split) + ["--image-size", str(2 * crop)]
+            print(f"the photographs, of {side} pixels, are much larger than the crop, of {crop}, which would "
+                  f"see little of them; smaller: {data.command('train.py', *options)}")
     except (InputError, OSError) as error:
         print(f"prepare.py: {error}", file=sys.stderr)
         sys.exit(2)
 
 
 if __name__ == "__main__":
-    sys.modules["data"] = sys.modules["__main__"]  # so that py raises this InputError
     main()

@@ -24,6 +24,7 @@ def test_predict_files_writes_maps_at_the_photographs_own_upright_size(tmp_path,
     tall.save(inputs / "plain.png")
     (inputs / "broken.jpg").write_bytes((inputs / "phone.jpg").read_bytes()[:300])
     (inputs / "notes.txt").write_text("not a photograph")
+    (inputs / "._plain.png").write_bytes(b"a hidden file")
     assert predict_files(Brightness(), STATE, [inputs], out, torch.device("cpu")) == 1
     captured = capsys.readouterr()
     assert "broken.jpg" in captured.err and "3/3 photographs, 1 skipped" in captured.out

@@ -1,14 +1,19 @@
 """Real archives from a server on this machine, and masks in colour as CVAT exports them."""
 
+import contextlib
 import functools
 import hashlib
 import http.server
 import io
+import os
+import shlex
 import shutil
 import socket
+import subprocess
 import sys
 import tarfile
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -18,6 +23,9 @@ from torchvision.datasets.voc import DATASET_YEAR_DICT
 
 import data
 import prepare
+import train
+from test_cases import TINY
+from test_data import cityscapes, custom
 
 TRAIN, VAL = ["both", "voc_only"], ["val_voc", "val_both"]
 SBD = {"train": ["both", "sbd_1", "val_both"], "val": ["sbd_2"]}
@@ -123,7 +131,7 @@ def check_prepared(root):
         with Image.open(path) as picture:
             assert picture.mode == "P" and np.array_equal(picture, expected), name
             assert picture.getpalette()[:6] == [0, 0, 0, 128, 0, 0]
-    assert prepare.problems(voc, voc.train, []) == []
+    assert prepare.check_data(voc, voc.train, [], supervised=True).problems == []
     assert data.open_data("voc_classic", root).labelled == TRAIN
     assert not list(root.rglob("*.part"))
 
@@ -212,8 +220,8 @@ def test_stopped_while_writing_a_mask_it_goes_on(server, tmp_path, calls):
     prepare.download_voc(root)
     check_prepared(root)
     assert server.requests == []
-    for path, time in written.items():
-        assert (path.parents[1] / "SegmentationClassAug" / path.name).stat().st_mtime_ns == time
+    for path, before in written.items():
+        assert (path.parents[1] / "SegmentationClassAug" / path.name).stat().st_mtime_ns == before
 
 
 def test_the_users_own_voc_is_used_and_kept(server, tmp_path):
@@ -392,7 +400,7 @@ def contents(root):
 
 def conversion_refused(root, *words):
     with pytest.raises(data.InputError) as caught:
-        prepare.convert_colour_masks(root)
+        prepare.convert_masks(root)
     assert "\n" not in str(caught.value)
     for word in words:
         assert str(word) in str(caught.value)
@@ -403,7 +411,7 @@ def test_colours_become_ids(tmp_path):
     with pytest.raises(data.InputError, match="--convert"):
         data.open_data("custom", root)
     before = contents(root)
-    prepare.convert_colour_masks(root)
+    prepare.convert_masks(root)
     assert {path: path.read_bytes() for path in before} == before  # the export is as it was
     assert sorted(path.name for path in contents(root).keys() - before.keys()) == [
         "a.png", "b.png", "c.png", "class_names.txt"]
@@ -416,7 +424,7 @@ def test_colours_become_ids(tmp_path):
     custom = data.open_data("custom", root)
     assert custom.classes == ["background", "road: main", "car"]
     assert sorted(custom.labelled + custom.val) == ["a", "b", "c"] and "d" in custom.train
-    assert prepare.problems(custom, custom.labelled, ["d"]) == []
+    assert prepare.check_data(custom, custom.labelled, ["d"]).problems == []
 
 
 @pytest.mark.parametrize("label_map, black", [
@@ -425,7 +433,7 @@ def test_colours_become_ids(tmp_path):
     ("car:0,0,142::\nroad:128,64,128::\nasphalt:0,0,0::\n", 2)])
 def test_what_black_is(tmp_path, label_map, black):
     root = cvat_export(tmp_path, label_map)
-    prepare.convert_colour_masks(root)
+    prepare.convert_masks(root)
     labels = converted(root)
     assert (labels[IDS == 0] == black).all()
     assert (labels[IDS == 2] == 0).all()
@@ -454,22 +462,22 @@ def test_conversion_stopped_and_run_again(tmp_path, monkeypatch):
         root = cvat_export(tmp_path / str(calls))
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
             stop_after(patch, prepare.os, "replace", calls)
-            prepare.convert_colour_masks(root)
+            prepare.convert_masks(root)
         with pytest.raises(data.InputError, match="--convert"):
             data.open_data("custom", root)
-        prepare.convert_colour_masks(root)
+        prepare.convert_masks(root)
         assert sorted(data.stems(root / "SegmentationClassIds")) == ["a", "b", "c"]
         assert not list(root.rglob("*.part"))
 
 
 def test_conversion_again_adds_what_is_new(tmp_path):
     root = cvat_export(tmp_path)
-    prepare.convert_colour_masks(root)
+    prepare.convert_masks(root)
     before = contents(root)
-    prepare.convert_colour_masks(root)
+    prepare.convert_masks(root)
     assert contents(root) == before
     shutil.copy(root / "SegmentationClass" / "a.png", root / "SegmentationClass" / "d.png")
-    prepare.convert_colour_masks(root)
+    prepare.convert_masks(root)
     assert set(contents(root)) - set(before) == {root / "SegmentationClass" / "d.png",
                                                  root / "SegmentationClassIds" / "d.png"}
     assert np.array_equal(converted(root, "d"), IDS)
@@ -478,10 +486,10 @@ def test_conversion_again_adds_what_is_new(tmp_path):
 def test_nothing_is_overwritten(tmp_path):
     root = cvat_export(tmp_path)
     (root / "class_names.txt").write_text("car\nroad: main\n")
-    conversion_refused(root, root / "class_names.txt", "labelmap.txt", "move it away")
+    conversion_refused(root, root / "class_names.txt", "has not background", "labelmap.txt")
     assert (root / "class_names.txt").read_text() == "car\nroad: main\n"
     (root / "class_names.txt").write_bytes(b"background\r\nroad: main\r\ncar")  # from Windows
-    prepare.convert_colour_masks(root)
+    prepare.convert_masks(root)
     edited = root / "SegmentationClassIds" / "b.png"
     index_png(1 - IDS // 2, edited)
     before = edited.read_bytes()
@@ -497,9 +505,98 @@ def test_a_label_map_that_cannot_be_used(tmp_path, label_map):
 
 
 def test_what_is_no_export(tmp_path):
-    conversion_refused(tmp_path, tmp_path / "labelmap.txt", "Segmentation mask 1.1")
+    conversion_refused(tmp_path, tmp_path, "no masks to convert in SegmentationClass/, ")
     root = cvat_export(tmp_path / "cvat")
     (root / "SegmentationClass" / "a.png").write_bytes(b"no image")
     conversion_refused(root, root / "SegmentationClass" / "a.png", "cannot be read")
     shutil.rmtree(root / "SegmentationClass")
     conversion_refused(root, root, "SegmentationClass")
+
+
+# -- The check, of every data set --
+
+def report(*arguments):
+    """(exit code, what prepare.py prints, and prints as errors)."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            prepare.main([*map(str, arguments)])
+        except SystemExit as end:
+            code = end.code
+    return code, out.getvalue(), err.getvalue()
+
+
+def test_a_folder_without_a_data_set_is_refused(tmp_path, capsys):
+    code, _, err = report("--data-root", tmp_path)
+    assert code == 2 and "shapes is drawn, not read; give --dataset custom" in err
+    with pytest.raises(SystemExit):
+        train.main(["--data-root", str(tmp_path), "--out", str(tmp_path / "run")])
+    assert capsys.readouterr().err.removeprefix("train.py") == err.removeprefix("prepare.py")
+
+
+@pytest.mark.parametrize("dataset, split", [("shapes", None), ("shapes", "full"), ("cityscapes", None)])
+def test_the_check_takes_trains_split_and_refuses_what_train_refuses(tmp_path, capsys, dataset, split):
+    options = ["--dataset", dataset]
+    if dataset == "cityscapes":  # whose default split is a part of all 2,975 images
+        options += ["--data-root", str(cityscapes(tmp_path / "data"))]
+    options += ["--split", split] if split else []
+    code, out, err = report(*options)
+    if dataset == "shapes" and not split:
+        assert code == 0 and "as given          16 labelled    240 unlabelled" in out
+        return
+    assert code == 2
+    with pytest.raises(SystemExit):
+        train.main([*options, "--out", str(tmp_path / "run")])
+    assert capsys.readouterr().err.removeprefix("train.py: ") == err.removeprefix("prepare.py: ")
+
+
+def test_a_flat_cityscapes_folder_is_read(tmp_path):
+    root = cityscapes(tmp_path)
+    for path in [*root.glob("*/*/*/*.png")]:
+        path.rename(path.parents[1] / path.name)
+    found = data.open_data("cityscapes", root)
+    assert len(found.train) == 4 and len(found.masks) == 6
+    assert prepare.check_data(found, found.train, [], supervised=True).problems == []
+
+
+@pytest.mark.parametrize("mask, said", [
+    (np.full((12, 16), 300, np.uint16), "holds the ids 300, but there are 19 classes"),
+    (np.ones((12, 16), bool), "of one bit")])
+def test_cityscapes_masks_of_other_depths_get_a_line(tmp_path, mask, said):
+    root = cityscapes(tmp_path)
+    spoiled = next(root.glob("gtFine/train/ulm/*.png"))
+    Image.fromarray(mask).save(spoiled)
+    found = data.open_data("cityscapes", root)
+    line, = prepare.check_data(found, found.train, [], supervised=True).problems
+    assert line.startswith(f"{spoiled}: {said}") and line.endswith("; replace the mask")
+
+
+def test_large_photographs_are_shrunk_by_the_command_that_is_proposed(tmp_path, monkeypatch):
+    root = custom(tmp_path / "a b")
+    monkeypatch.setitem(data.PROTOCOLS, "custom", data.Protocol(crop_size=5))
+    assert report("--dataset", "custom", "--data-root", root, "--split", "1_2")[1].endswith(
+        f"smaller: python train.py --dataset custom --data-root '{root}' --split 1_2 --image-size 10\n")
+    monkeypatch.setitem(data.PROTOCOLS, "custom", data.Protocol(crop_size=6))
+    assert "--image-size" not in report("--dataset", "custom", "--data-root", root)[1]
+
+
+def test_masks_that_are_newer_than_what_was_made_of_them_are_named(tmp_path):
+    root = cvat_export(tmp_path / "my data")
+    options = ["--dataset", "custom", "--data-root", root]
+    assert ": newer than" not in report(*options, "--convert")[1]
+    original = root / "SegmentationClass" / "b.png"
+    Image.fromarray(COLOURS[2 - IDS]).save(original)
+    os.utime(original, (time.time() + 9,) * 2)
+    line, = [line for line in report(*options)[1].splitlines() if ": newer than" in line]
+    move, convert = line.partition("convert the masks anew: ")[2].split(" && ")
+    subprocess.run(shlex.split(move), check=True)
+    assert shlex.split(convert)[:2] == ["python", "prepare.py"]
+    assert ": newer than" not in report(*shlex.split(convert)[2:])[1]
+    assert np.array_equal(converted(root, "b"), 2 - IDS)
+    assert np.array_equal(np.array(Image.open(root / "SegmentationClassIds.old" / "b.png")), IDS)
+
+
+def test_a_class_that_no_mask_holds_is_said_as_training_starts(tmp_path, capsys):
+    root = custom(tmp_path, classes="sky\nroad\nunicorn\n")
+    train.main(["--dataset", "custom", "--data-root", str(root), *TINY, "--out", str(tmp_path / "run")])
+    assert "no labelled mask holds unicorn, which will not be learnt\n" in capsys.readouterr().out

@@ -76,7 +76,7 @@ def train_step(student, teacher, optimizer, batch, iteration, args):
         with nullcontext() if last or student is bare else student.no_sync():
             loss, *parts = micro_batch_loss(  # lines 1, 7 and 8
                 student, micro(batch["x"], k), micro(batch["y"], k),
-                [(micro(images, k), micro(labels, k)) for images, labels in views],
+                [(micro(images, k), micro(labels, k), weight) for images, labels, weight in views],
                 None if gamma is None else micro(own(gamma), k), args)
             with record_function("backward"):
                 (loss / args.accumulate).backward()
@@ -96,7 +96,7 @@ def train_step(student, teacher, optimizer, batch, iteration, args):
 def guidance(student, teacher, batch, iteration, args):
     """Algorithm 1, lines 2-6: how hard each unlabelled image is, and the strong views that follow.
 
-    Returns (gamma of the global batch (B,); this rank's strong views [(images, pseudo-labels), ...];
+    Returns (gamma of the global batch (B,); this rank's strong views, as strong_views makes them;
     mean and spread of gamma, the confident ratio and whether CutMix fired, (4,)).
     """
     with torch.no_grad():
@@ -134,8 +134,8 @@ def strong_views(batch, weak, labels, gamma, iteration, args):
     """This rank's strong views and their pseudo-labels: Eq. 8 and Eq. 9, or rows of Table 4.
 
     weak is the normalised weak view, `labels` its pseudo-labels, gamma the global batch's hardness.
-    Returns ([(images, pseudo-labels), ...], whether CutMix fired: a float scalar). The pairs, u and
-    the boxes are the global batch's (R11), so the ranks exchange their images as uint8.
+    Returns ([(images, pseudo-labels, weight in Eq. 10), ...], whether CutMix fired: a float scalar).
+    The pairs, u and the boxes are the global batch's (R11), so the ranks exchange images as uint8.
     """
     views, fired = [], gamma.new_zeros(())
     if args.intensity != "none":
@@ -156,17 +156,21 @@ def strong_views(batch, weak, labels, gamma, iteration, args):
             fired = torch.full((), u < 0.5, device=gamma.device)
         mixed, mixed_labels = cutmix(gather(batch["weak"]), gather(labels), partner, masks & fired)  # Eq. 9
         views.append((normalize(own(mixed)), own(mixed_labels)))
-    return views or [(weak, labels)], fired.float()
+    views, fired = views or [(weak, labels)], fired.float()
+    weights = [1 / len(views)] * len(views)
+    if args.as_released and len(views) == 2:  # the term of a CutMix that did not fire is left out (R7)
+        weights = [1 - fired / 2, fired / 2]
+    return [(*view, weight) for view, weight in zip(views, weights)], fired
 
 
 def micro_batch_loss(student, x, y, views, gamma, args):
     """Algorithm 1, lines 1, 7 and 8, for one micro-batch: the scalars L, L_x and L_u.
 
-    x, y: labelled images and labels as uint8; views: [(images, pseudo-labels), ...], none under
-    --supervised; gamma: (b,). The student sees all images in one forward.
+    x, y: labelled images and labels as uint8; views: [(images, pseudo-labels, weight), ...], none
+    under --supervised; gamma: (b,). The student sees all images in one forward.
     """
     with record_function("student forward"), autocast(x, args):
-        logits = student(torch.cat([normalize(x), *(images for images, _ in views)]))
+        logits = student(torch.cat([normalize(x), *(images for images, *_ in views)]))
     with record_function("loss"):
         logits, auxiliary = logits if args.aux else (logits, None)
         logits_x, *logits_u = logits.split(len(x))
@@ -176,7 +180,8 @@ def micro_batch_loss(student, x, y, views, gamma, args):
         loss_u = torch.zeros_like(loss_x)
         if views:
             gamma = gamma * (args.loss == "hardness")  # 0 makes Eq. 10 Eq. 4
-            loss_u = unsupervised_loss(logits_u, [labels for _, labels in views], gamma)
+            _, pseudo_labels, weights = zip(*views)
+            loss_u = unsupervised_loss(logits_u, pseudo_labels, gamma, weights)
         return loss_x + args.lambda_u * loss_u, loss_x, loss_u  # Eq. 1
 
 
@@ -214,7 +219,7 @@ def train(args, device):
     # Data: what is labelled, and whether all of it is fit to train on.
     data = together(open_data, args.dataset, args.data_root)
     labelled, unlabelled = together(split_ids, data, args.dataset, args.split)
-    together(demand_fit_data, args, data, labelled, unlabelled)
+    notes = together(demand_fit_data, args, data, labelled, unlabelled)
     draws = TrainingDraws(data, labelled, [] if args.supervised else unlabelled, args.batch_size,
                           args.crop_size, args.seed, args.scale, args.image_size,
                           strong=args.intensity != "none")
@@ -229,7 +234,7 @@ def train(args, device):
     run = Run(args, data, draws, bare, teacher, optimizer, device)
     say(f"{args.dataset}: {len(labelled)} labelled, {len(draws.unlabelled)} unlabelled and "
         f"{len(data.val)} validation images, {len(data.classes)} classes"
-        + (f"\n{data.note}" if data.note else "")
+        + "".join(f"\n{note}" for note in (*notes, getattr(bare, "note", "")) if note)
         + f"\n{args.iters} iterations on {world_size()} x {device.type}, into {args.out}"
         + (f"\nresumes at iteration {run.start} of {args.iters}" if run.start else ""))
 
@@ -257,7 +262,7 @@ def build_networks(args, num_classes, device):
         fresh = rank() == 0 and not (Path(args.out) / "last.pth").exists()  # others get them from there
         try:
             return DeepLabV3Plus(num_classes, args.backbone, args.output_stride, args.channels,
-                                 args.weights if fresh else None, args.aux)
+                                 args.weights if fresh else None, args.aux, args.multi_grid)
         except (ValueError, OSError) as error:
             raise InputError(str(error)) from None
 
@@ -284,10 +289,13 @@ def build_networks(args, num_classes, device):
 
 
 def demand_fit_data(args, data, labelled, unlabelled):
-    found = check_data(data, labelled, unlabelled, args.supervised) if rank() == 0 else []
-    if found:
-        more = f" (and {len(found) - 1} more: see python prepare.py)" if len(found) > 1 else ""
-        raise InputError(found[0] + more)
+    if rank() != 0:
+        return []
+    found = check_data(data, labelled, unlabelled, args.supervised)
+    if found.problems:
+        more = len(found.problems) - 1
+        raise InputError(found.problems[0] + f" (and {more} more: {data.command('prepare.py')})" * bool(more))
+    return found.notes
 
 
 def parse_arguments(argv=None):
