@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 
 from data import IGNORE, InputError, loaded, normalize, open_data, picture_to_tensor, reading, short_list
 from model import DeepLabV3Plus
-from prepare import check_files
+from prepare import check_classes, check_files
 from ranks import join, leave, rank, sum_over_ranks, together, world_size
 
 WHOLE_IMAGE_PIXELS = 2048 * 1024  # a larger image goes through windows, so that memory is bounded
@@ -274,9 +274,11 @@ def main(argv=None):
         if list(data.classes) != list(state["classes"]):
             raise InputError(f"{args.checkpoint}: trained on the classes {short_list(state['classes'])}, "
                              f"but --data-root holds {short_list(data.classes)}; give its own data")
-        found = check_files(data, data.val).problems
-        if found:
-            raise InputError(found[0])
+        found = check_files(data, data.val)
+        if not found.problems:
+            check_classes(data, "validation", data.val, 1, found)
+        if found.problems:
+            raise InputError(found.problems[0])
         confusion, = sum_over_ranks(together(
             evaluate, [model], data, device, settings["window"], settings["image_size"], args.workers,
             settings["amp"] and device.type == "cuda"))
