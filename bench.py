@@ -150,7 +150,7 @@ def bench_step(settings, draws):
             with clock("whole"):
                 step(loaded)
     first = clock.seconds["whole"][0]
-    parts = {name: np.array(seconds[2:]) for name, seconds in clock.seconds.items()}
+    parts = {name: np.reshape(seconds, (count, -1)).sum(1)[2:] for name, seconds in clock.seconds.items()}
     whole = parts.pop("whole")
     parts["the rest"] = whole + parts["load wait"] - sum(parts.values())
     for name, seconds in parts.items():

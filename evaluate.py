@@ -198,7 +198,8 @@ def load_model(path, student=False, device="cpu"):
     settings = state["settings"]
     try:
         model = DeepLabV3Plus(len(state["classes"]), settings["backbone"], settings["output_stride"],
-                              settings["channels"], aux=settings["aux"])
+                              settings["channels"], aux=settings["aux"],
+                              multi_grid=settings.get("multi_grid", False))
         model.load_state_dict(state["student" if student else "teacher"])
     except (KeyError, RuntimeError) as error:
         raise InputError(f"{path}: does not fit its own settings ({str(error).splitlines()[-1].strip()})") \

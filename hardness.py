@@ -67,8 +67,10 @@ def top_class(prob):
 
     prob (B, C, H, W) -> (confidence (B, H, W), labels (B, H, W) int64).
     """
+    if not prob.is_cpu:
+        return prob.max(1)
+    # On a CPU, a max-pool with the classes as rows and the pixels as channels is several times faster.
     (B, C, H, W), pixels = prob.shape, prob.flatten(2)
-    # A max-pool with the classes as rows and the pixels as channels is several times faster on a CPU.
     columns = pixels[:, :, None].permute(0, 3, 1, 2)  # (B, H x W, C, 1)
     confidence, labels = F.max_pool2d(columns, (C, 1), return_indices=True)
     return confidence.view(B, H, W), labels.view(B, H, W)
@@ -124,18 +126,23 @@ def pseudo_label(prob_t, tau, valid=None):
     return labels.masked_fill(~keep, IGNORE).to(torch.uint8)
 
 
-def unsupervised_loss(logits, pseudo_labels, hardness):
+def unsupervised_loss(logits, pseudo_labels, hardness, view_weights=None):
     """L_u, Eq. 10: each image's cross-entropy to its pseudo-labels, weighted by 1 - gamma (R3).
 
     logits:         a list of the student's outputs (B, C, H, W), one for each strong view.
     pseudo_labels:  a list, as long, of their label maps (B, H, W), any integer type, IGNORE where
                     nothing supervises.
     hardness:       gamma (B,); zeros make it Eq. 4.
-    Returns a scalar: the mean over the images and over the views (the 2 of Eq. 10). Each image is
-    divided by H x W, however many of its pixels are supervised (R6).
+    view_weights:   a weight for each view, numbers or a tensor (V,); None weighs them equally, as the
+                    2 of Eq. 10 does. The authors' code: (1/2, 1/2), or (1, 0) if CutMix did not fire.
+    Returns a scalar: the mean over the images of the views' weighted sum. Each image is divided by
+    H x W, however many of its pixels are supervised (R6).
     """
-    losses = [pixel_cross_entropy(*view) for view in zip(logits, pseudo_labels, strict=True)]
-    return ((1 - hardness) * (sum(losses) / len(losses))).mean()
+    if view_weights is None:
+        view_weights = [1 / len(logits)] * len(logits)
+    loss = sum(weight * pixel_cross_entropy(view, labels)
+               for weight, view, labels in zip(view_weights, logits, pseudo_labels, strict=True))
+    return ((1 - hardness) * loss).mean()
 
 
 def pixel_cross_entropy(logits, labels):

@@ -14,6 +14,7 @@ from torchvision.models.segmentation.fcn import FCNHead
 
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")
 LOW_LEVEL_CHANNELS = 48
+FIRST = "layer1.0.conv1.weight"  # by which a ResNet is found in a file
 
 
 class DeepLabV3Plus(nn.Module):
@@ -23,24 +24,28 @@ class DeepLabV3Plus(nn.Module):
     backbone:       one of BACKBONES.
     output_stride:  16 or 8: how much coarser than the image the deepest features are.
     channels:       width of ASPP and decoder (256 in the paper; 64 trains on a laptop).
-    weights:        for the encoder: "imagenet" (torchvision's IMAGENET1K_V1), the path of a
-                    torchvision ResNet state dict, or None / "none" for a random start.
+    weights:        "imagenet" (torchvision's IMAGENET1K_V1, for the encoder), a file, or None / "none"
+                    for a random start. A file is a state dict of torchvision's ResNet, for the
+                    encoder, or of this network, for all of it (the last layer starts anew where the
+                    number of classes differs), or a checkpoint that holds one of the two at any
+                    depth, preferably as "teacher".
     aux:            adds an FCN head on stage 3, used in training only (see forward).
+    multi_grid:     dilates the three blocks of stage 4 by 2, 4 and 8 (4, 8 and 16 at stride 8) rather
+                    than evenly, as the authors did; the two of resnet18 by 2 and 4 (4 and 8).
 
+    `note` is a line on what a file of weights gave, or "".
     Raises ValueError for a backbone or stride that is not there, and for weights that do not fit;
     OSError where the weights cannot be read or fetched.
     """
 
     def __init__(self, num_classes, backbone="resnet50", output_stride=16, channels=256,
-                 weights=None, aux=False):
+                 weights=None, aux=False, multi_grid=False):
         super().__init__()
         if backbone not in BACKBONES:
             raise ValueError(f"backbone {backbone!r} is not one of {', '.join(BACKBONES)}")
         if output_stride not in (8, 16):
             raise ValueError(f"output stride {output_stride} is neither 8 nor 16")
         resnet = models.get_model(backbone, weights=None)
-        if weights not in (None, "none"):
-            load_backbone_weights(resnet, backbone, weights)
         width = resnet.fc.in_features  # of stage 4; 2048 for bottlenecks, 512 for basic blocks
 
         self.stem = nn.Sequential(resnet.conv1, resnet.bn1, resnet.relu, resnet.maxpool)
@@ -51,8 +56,12 @@ class DeepLabV3Plus(nn.Module):
             dilate(self.layer4, 2, 4)
         else:
             dilate(self.layer4, 1, 2)
+        if multi_grid:
+            for block, times in zip(self.layer4, (1, 2, 4), strict=False):  # ResNet-18 has two blocks
+                dilate(block, times * 32 // output_stride, times * 32 // output_stride)
 
         self.aspp = ASPP(width, [rate * 16 // output_stride for rate in (6, 12, 18)], channels)
+        self.aspp.convs[-1] = ImagePooling(*self.aspp.convs[-1])
         del self.aspp.project[-1]  # its dropout: the authors use none, and it draws unseeded
         self.low_level = conv_bn_relu(width // 8, LOW_LEVEL_CHANNELS, 1)
         self.decoder = nn.Sequential(
@@ -63,23 +72,21 @@ class DeepLabV3Plus(nn.Module):
         self.aux = FCNHead(width // 2, num_classes) if aux else None
         if aux:
             del self.aux[-2]  # its dropout, likewise
+        self.note = "" if weights in (None, "none") else load_weights(
+            self, weights, backbone, channels, {"output_stride": output_stride, "multi_grid": multi_grid})
 
     def forward(self, images):
         """images (B, 3, H, W), any H and W, ImageNet-normalised -> logits (B, C, H, W), float32.
 
         With `aux`, training mode returns the pair (logits, auxiliary logits).
-        Raises ValueError in training for a batch of one, which BatchNorm cannot normalise after
-        image pooling (unless it is a SyncBatchNorm, which sees the other ranks' images too).
+        Raises ValueError in training for a batch of one (see ImagePooling).
         """
-        pooled_norm = self.aspp.convs[-1][2]
-        if len(images) == 1 and pooled_norm.training and isinstance(pooled_norm, nn.BatchNorm2d):
-            raise ValueError("DeepLabV3+ cannot train on a batch of one image: image pooling leaves "
-                             "BatchNorm one value a channel; use a batch of two or more")
         size = images.shape[-2:]
         low_level = self.layer1(self.stem(images))
         stage3 = self.layer3(self.layer2(low_level))
         features = self.aspp(self.layer4(stage3))
-        features = F.interpolate(features, low_level.shape[-2:], mode="bilinear")
+        # Back in the features' own type: under autocast that is bf16, and joining float32 to it costs.
+        features = upsample(features, low_level.shape[-2:]).to(features.dtype)
         logits = self.decoder(torch.cat([features, self.low_level(low_level)], dim=1))
         if self.aux is not None and self.training:
             return upsample(logits, size), upsample(self.aux(stage3), size)
@@ -91,6 +98,24 @@ class DeepLabV3Plus(nn.Module):
             yield from part.parameters()
 
 
+class ImagePooling(nn.Sequential):
+    """ASPP's image pooling, of torchvision's modules: one value a channel, the same at every pixel.
+
+    It is expanded rather than interpolated, which autocast would do in float32. Raises ValueError in
+    training for a batch of one image, whose one value BatchNorm cannot normalise (a SyncBatchNorm
+    can: it sees the other ranks' images too).
+    """
+
+    def forward(self, features):
+        norm = self[2]
+        if norm.training and isinstance(norm, nn.BatchNorm2d) and len(features) == 1:
+            raise ValueError("DeepLabV3+ cannot train on a batch of one image: image pooling leaves "
+                             "BatchNorm one value a channel; use a batch of two or more")
+        pooled = super().forward(features).expand(-1, -1, *features.shape[-2:])
+        # What it is joined with stays channels_last only if all of it is.
+        return pooled.contiguous(memory_format=torch.channels_last)
+
+
 def conv_bn_relu(in_channels, out_channels, kernel_size):
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False),
@@ -99,9 +124,9 @@ def conv_bn_relu(in_channels, out_channels, kernel_size):
     )
 
 
-def upsample(logits, size):
-    # In float32 from here on: softmax and losses want it, and the coarse map is cheap to cast.
-    return F.interpolate(logits.float(), size, mode="bilinear")
+def upsample(coarse, size):
+    # In float32: softmax and losses want the logits so, and the coarse map is cheap to cast.
+    return F.interpolate(coarse.float(), size, mode="bilinear")
 
 
 def dilate(layer, previous, dilation):
@@ -118,33 +143,95 @@ def dilate(layer, previous, dilation):
         conv.stride = (1, 1)
 
 
-def load_backbone_weights(resnet, backbone, weights):
-    """Load torchvision's ImageNet weights, or a state dict in a file, into a torchvision ResNet."""
+def read_weights(weights, backbone):
+    """What torchvision publishes as "imagenet", or what a file holds, as dicts of dicts of tensors."""
     if weights == "imagenet":
         published = models.get_model_weights(backbone).IMAGENET1K_V1
         try:
-            state = published.get_state_dict(check_hash=True, weights_only=True)
+            return published.get_state_dict(check_hash=True, weights_only=True)
         except Exception as error:  # offline, or a broken file, for which torch.load has many errors
             folder, reason = Path(torch.hub.get_dir()) / "checkpoints", str(error).partition("\n")[0]
-            raise OSError(f"cannot fetch the ImageNet weights ({reason}); bring {published.url} to "
+            raise OSError(f"cannot fetch the ImageNet weights ({reason}); download {published.url} to "
                           f"{folder}, or give --weights FILE or --weights none") from error
-    else:
-        try:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            raise OSError(f"weights {weights}: no such file") from None
-        except Exception as error:
-            raise ValueError(f"weights {weights}: not a file of tensors that torch.load reads "
-                             f"with weights_only=True") from error
-    expected = resnet.state_dict()
-    if not isinstance(state, dict):
-        raise ValueError(f"weights {weights}: holds no state dict")
-    for name, tensor in expected.items():
-        if name.startswith("fc.") or name.endswith("num_batches_tracked"):
-            continue
-        if getattr(state.get(name), "shape", None) != tensor.shape:
-            found = tuple(state[name].shape) if hasattr(state.get(name), "shape") else "nothing"
-            raise ValueError(f"weights {weights}: do not fit {backbone}: layer {name} should be "
-                             f"{tuple(tensor.shape)} and is {found}")
-    resnet.load_state_dict({k: v for k, v in state.items() if k in expected and k[:3] != "fc."},
-                           strict=False)
+    try:
+        tree = torch.load(weights, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise OSError(f"weights {weights}: no such file") from None
+    except Exception as error:
+        raise ValueError(f"weights {weights}: not a file of tensors that torch.load reads with "
+                         f"weights_only=True; save it as torch.save(model.state_dict(), FILE)") from error
+    return tree if isinstance(tree, dict) else {}
+
+
+def load_weights(network, weights, backbone, channels, dilation):
+    """Load "imagenet" or a file (see DeepLabV3Plus) into a network of these options, in place.
+
+    Returns a line on what a file gave, "" for "imagenet". `dilation` are the options that weights of
+    another value still fit.
+    """
+    tree = read_weights(weights, backbone)
+    tensors, needed = dict(flatten(tree)), dict(flatten(network.state_dict()))
+    # The ResNet lies at the top, or under "teacher", "state_dict.module.backbone" and the like.
+    prefixes = [name.removesuffix(FIRST) for name in tensors if f".{name}".endswith(f".{FIRST}")]
+    prefix = max(prefixes, key=lambda prefix: "teacher" in prefix, default="")
+    state = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    whole = all(name in state for name in needed if name.startswith(("aspp.", "low_level.", "decoder.")))
+
+    held, width = kind(state, needed, backbone), len(state["decoder.0.0.weight"]) if whole else channels
+    if (held, width) != (backbone, channels):
+        flags = f"--backbone {held} " * (held != backbone) + f"--channels {width} " * (width != channels)
+        remedy = flags.strip() if held in BACKBONES else (
+            f"torchvision's state dict of {backbone}, --weights imagenet or --weights none")
+        raise ValueError(f"weights {weights}: hold {held}{f' with {width} channels' * whole}, where "
+                         f"{backbone}{f' with {channels}' * whole} is needed; give {remedy}")
+
+    fresh = set()  # what the file does not have, or for other classes
+    for name in needed if whole else encoder(needed):
+        if name in state and state[name].shape == needed[name].shape:
+            needed[name].copy_(state[name])
+        else:
+            fresh.add(name)
+    if weights == "imagenet":
+        return ""
+    note = f"weights {weights}: {'the whole network' if whole else 'the encoder'} of {prefix[:-1] or 'it'}"
+    if "decoder.2.weight" in fresh:
+        note += (f"; the last layer starts anew, for {len(needed['decoder.2.weight'])} classes in place "
+                 f"of {len(state['decoder.2.weight'])}")
+    if "aux.0.weight" in fresh:
+        note += "; the auxiliary head starts anew"
+    settings = tree.get("settings")
+    trained = dilation | settings if isinstance(settings, dict) else dilation
+    other = [f"{name} {trained[name]}" for name, value in dilation.items() if trained[name] != value]
+    return note + f"; it was trained with {' and '.join(other)}" * bool(other)
+
+
+def flatten(tree, path=""):
+    """Dicts of dicts of tensors -> pairs (name, tensor), with dots in the names, torchvision's names."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{path}{name}.")
+        elif isinstance(value, torch.Tensor):
+            yield f"{path}{name}".replace("stem.0.", "conv1.").replace("stem.1.", "bn1."), value
+
+
+def encoder(state):
+    """The shapes of a ResNet's layers in a state dict with torchvision's names."""
+    return {name: tuple(tensor.shape) for name, tensor in state.items()
+            if name.startswith(("conv1.", "bn1.", "stem.", "layer")) and "num_batches" not in name}
+
+
+def kind(state, needed, backbone):
+    """Which ResNet a state dict is of: torchvision's name, or how it differs from what is needed."""
+    have, need = encoder(state), encoder(needed)
+    if have == need:
+        return backbone
+    if FIRST not in have:
+        return f"no ResNet by torchvision's names ({FIRST} and so on)"
+    if any(name.startswith(("conv1.0.", "stem.")) for name in have):
+        return "a ResNet with a deep stem (several convolutions for conv1)"
+    for name in models.list_models(models, include="*resne[tx]*"):
+        with torch.device("meta"):
+            if have == encoder(models.get_model(name).state_dict()):
+                return name
+    name = next(name for name in (*need, *have) if have.get(name) != need.get(name))
+    return f"a network whose {name} is {have.get(name, 'missing')} rather than {need.get(name, 'missing')}"

@@ -50,7 +50,7 @@ def test_the_command_prints_every_section_and_ends_with_the_ratio():
 @pytest.mark.slow
 def test_the_flags_of_train_py_are_taken():
     done = run("--only", "step", "memory", "--backbone", "resnet18", "--channels", 16, "--crop-size", 32,
-               "--batch-size", 4, "--accumulate", 2, "--repeats", 1)
+               "--batch-size", 4, "--accumulate", 2, "--repeats", 2)
     assert done.returncode == 0, done.stderr
     assert "crop 32, 4 + 4 in 2, fp32" in done.stdout and "step / plain training" in done.stdout
 

@@ -73,11 +73,11 @@ def test_every_cell_of_the_papers_tables_is_a_command_of_its_protocol(tmp_path):
 
 
 def test_the_papers_numbers_lie_beside_their_cells():
-    for cell, number in (("table1 HagSeg ResNet-50 1_8", "76.5"),
-                         ("table1 supervised ResNet-101 1_4", "74.7"),
-                         ("table1 HagSeg ResNet-101 stride 8 1_16", "77.2"),
-                         ("table2 HagSeg ResNet-101 1_2", "79.5"), ("table3 HagSeg ResNet-50 1_16", "74.3"),
-                         ("voc_table4 standard CutMix 1_8", "76.1")):
+    for cell, number in (("table1 HagSeg resnet50 1_8", "76.5"),
+                         ("table1 supervised resnet101 1_4", "74.7"),
+                         ("table1 HagSeg stride 8 resnet101 1_16", "77.2"),
+                         ("table2 HagSeg resnet101 1_2", "79.5"), ("table3 HagSeg resnet50 1_16", "74.3"),
+                         ("voc_table4 standard CutMix", "76.1")):
         assert evidence.PAPER[cell] == number
 
 
@@ -97,7 +97,7 @@ def test_accumulation_follows_from_the_memory(flags, ranks, memory, expected):
 
 @pytest.mark.slow
 def test_a_table_on_the_real_layout_runs_stops_and_resumes(tmp_path):
-    wanted = ["table1 supervised ResNet-50 1_8", "table1 HagSeg ResNet-50 1_8"]
+    wanted = ["table1 supervised resnet50 1_8", "table1 HagSeg resnet50 1_8"]
     call = ("--rows", "table1", "--only", *wanted, "--data-root", voc(tmp_path / "voc"), "--out", "runs",
             "--classes", "aeroplane", "--", *TINY)
     first = tables(*call, cwd=tmp_path)
@@ -106,7 +106,7 @@ def test_a_table_on_the_real_layout_runs_stops_and_resumes(tmp_path):
                         for line in first.stdout.splitlines()]
     assert header[:3] == ["row", "the paper's", "seeds"] and "aeroplane" in header
     assert [row[:3] for row in rows] == [[wanted[0], "69.0", "1"], [wanted[1], "76.5", "1"]]
-    run = tmp_path / "runs" / "table1_HagSeg_ResNet-50_1_8-1"
+    run = tmp_path / "runs" / "table1_HagSeg_resnet50_1_8-1"
     assert len((run / "labelled.txt").read_text().splitlines()) == 1323
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     found = dict(zip(header, rows[1]))
@@ -116,7 +116,7 @@ def test_a_table_on_the_real_layout_runs_stops_and_resumes(tmp_path):
 
     # Stopped before the second cell was finished: the first is not run again, the second is.
     before = (run / "last.pth").stat().st_mtime_ns
-    other = tmp_path / "runs" / "table1_supervised_ResNet-50_1_8-1"
+    other = tmp_path / "runs" / "table1_supervised_resnet50_1_8-1"
     (other / "evidence.json").unlink()
     again = tables(*call, cwd=tmp_path)
     assert again.returncode == 0, again.stderr

@@ -66,6 +66,9 @@ def test_top_class_is_the_maximum_and_the_first_place_of_it():
         confidence, labels = top_class(prob.contiguous(memory_format=memory_format))
         assert confidence.equal(prob.amax(1)) and labels.equal(prob.argmax(1))
         assert (labels[0] == 3).all()
+    # Off the CPU the shapes and types are the same.
+    confidence, labels = top_class(torch.empty(4, 21, 6, 7, device="meta"))
+    assert confidence.shape == labels.shape == (4, 6, 7) and labels.dtype == torch.int64
     # What has diverged is still given a class, which indexing on a GPU needs.
     assert (top_class(torch.full((1, 5, 2, 2), math.nan))[1] == 4).all()
 
@@ -198,6 +201,25 @@ def test_unsupervised_loss_by_hand():
     assert unsupervised_loss([uniform, uniform], [both, first], gamma).item() == pytest.approx(expected)
     # Without hardness and with one view: Eq. 4.
     assert unsupervised_loss([uniform], [both], torch.zeros(2)).item() == pytest.approx(math.log(2))
+
+
+def test_unsupervised_loss_with_weights_of_the_views_by_hand():
+    # View I costs log 2 a pixel, view C half of it, as every second pixel is ignored; gamma is 0.5.
+    uniform, gamma = torch.zeros(2, 2, 1, 2), torch.tensor([0.5, 0.5])
+    views = [uniform, uniform], [torch.tensor([[[0, 1]]] * 2), torch.tensor([[[0, 255]]] * 2)]
+    log2 = math.log(2)
+    for fired, expected in ((1.0, (0.5 * 1 + 0.5 * 0.5) / 2), (0.0, 0.5)):
+        fired = torch.tensor(fired)  # as the authors' code: a view that CutMix did not make weighs nothing
+        weights = torch.stack([1 - fired / 2, fired / 2])
+        assert unsupervised_loss(*views, gamma, weights).item() == pytest.approx(expected * log2)
+    assert unsupervised_loss(*views, gamma, (0.5, 0.5)).equal(unsupervised_loss(*views, gamma))
+    assert unsupervised_loss(*views, gamma, (0, 2)).item() == pytest.approx(0.5 * log2)
+
+
+def test_a_view_that_weighs_nothing_sends_no_gradient():
+    logits = [torch.randn(1, 3, 2, 2, requires_grad=True) for _ in range(2)]
+    unsupervised_loss(logits, [torch.ones(1, 2, 2)] * 2, torch.tensor([0.2]), (1, 0)).backward()
+    assert logits[0].grad.any() and not logits[1].grad.any()
 
 
 def test_unsupervised_loss_sends_no_gradient_where_nothing_supervises():

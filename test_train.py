@@ -21,8 +21,8 @@ from torch import nn
 
 import train
 from augment import box_masks, random_boxes
-from data import CUTMIX, PROTOCOLS, generator, normalize
-from hardness import IGNORE, instance_hardness
+from data import CUTMIX, PROTOCOLS, InputError, generator, normalize
+from hardness import IGNORE, instance_hardness, pseudo_label
 from run import METRICS
 from test_data import custom, save
 from train import parse_arguments, strong_views, supervised_loss, train_step, update_teacher
@@ -139,7 +139,7 @@ def test_padding_is_never_supervised():
     args = settings("--cutmix", "none", "--intensity", "none")
     _, _, student, _, batch, _, _, _ = one_step("--cutmix", "none", "--intensity", "none", "--tau", "0")
     labels = torch.zeros(4, 8, 8, dtype=torch.uint8)
-    (view, same), = strong_views(batch, normalize(batch["weak"]), labels, torch.rand(4), 0, args)[0]
+    (view, same, weight), = strong_views(batch, normalize(batch["weak"]), labels, torch.rand(4), 0, args)[0]
     assert same is labels and view.equal(normalize(batch["weak"]))
     seen = one_step("--cutmix", "none", "--intensity", "none", "--tau", "0")[0]["confident"]
     assert seen == 1  # of the valid pixels
@@ -200,9 +200,9 @@ def test_cutmix_that_does_not_fire_leaves_the_weak_view(monkeypatch):
     batch = {"weak": torch.randint(0, 256, (4, 3, 8, 8), generator=g, dtype=torch.uint8)}
     weak = normalize(batch["weak"])
     labels = torch.randint(0, 5, (4, 8, 8), generator=g, dtype=torch.uint8)
-    (view, same), = strong_views(batch, weak, labels, torch.ones(4), 0,
+    (view, same, weight), = strong_views(batch, weak, labels, torch.ones(4), 0,
                                  settings("--intensity", "none"))[0]
-    assert view.equal(weak) and same.equal(labels)
+    assert view.equal(weak) and same.equal(labels) and weight == 1
 
 
 def test_as_printed_reverses_eq_8():
@@ -210,6 +210,39 @@ def test_as_printed_reverses_eq_8():
     g = gamma[:, None, None, None]
     weak, strong = normalize(batch["weak"]), normalize(batch["strong"])
     assert torch.allclose(student.calls[-1][0][4:8], g * strong + (1 - g) * weak, atol=1e-5)
+
+
+@pytest.mark.parametrize("gamma, weights", [(1.0, [1, 0]), (0.0, [0.5, 0.5])])
+def test_as_released_leaves_out_the_term_of_a_cutmix_that_does_not_fire(gamma, weights):
+    # At gamma-bar 1 no coin is higher, at 0 each is.
+    batch = {name: torch.zeros(4, 3, 8, 8, dtype=torch.uint8) for name in ("weak", "strong")}
+    weak, labels = normalize(batch["weak"]), torch.zeros(4, 8, 8, dtype=torch.uint8)
+    views, _ = strong_views(batch, weak, labels, torch.full((4,), gamma), 0, settings("--as-released"))
+    assert [float(weight) for *_, weight in views] == weights
+
+
+def test_as_released_is_what_the_authors_code_does_on_each_data_set():
+    flags = "ignore_background", "multi_grid", "ohem", "aux"
+    for dataset, street in (("voc", False), ("cityscapes", True)):
+        args = parse_arguments(["--dataset", dataset, "--as-released"])
+        assert [getattr(args, flag) for flag in flags] == [True, True, street, street]
+    with pytest.raises(InputError, match="--as-released: not allowed with argument --as-printed"):
+        parse_arguments(["--as-printed", "--as-released"])
+
+
+@pytest.mark.parametrize("iteration, fires", [(3, True), (5, False)])
+def test_as_released_by_hand(iteration, fires):
+    # Class 0 out of wIoU; L_u is the mean of both terms where CutMix fired, else the intensity's alone.
+    values, gamma, student, teacher, batch, args, *_ = one_step("--as-released", iteration=iteration)
+    p_s, p_t = student.calls[0][1].softmax(1), teacher.calls[0][1].softmax(1)
+    assert torch.allclose(gamma, instance_hardness(p_t, p_s, args.tau, batch["valid"], ignore_class=0))
+    labels = pseudo_label(p_t, args.tau, batch["valid"])
+    (_, mixed, _), = strong_views(batch, normalize(batch["weak"]), labels, gamma, iteration,
+                                  settings("--intensity", "none"))[0]
+    terms = [F.cross_entropy(logits, y.long(), ignore_index=255, reduction="none").mean((1, 2))
+             for logits, y in zip(student.calls[1][1].split(4)[1:], (labels, mixed))]
+    expected = (1 - gamma) * (sum(terms) / 2 if fires else terms[0])
+    assert values["cutmix"] == fires and values["loss_u"] == pytest.approx(expected.mean().item())
 
 
 def test_accumulation_gives_the_same_step_where_batchnorm_does_not_see_the_batch(monkeypatch):
@@ -315,8 +348,8 @@ def compute_views(rank, world, out):
     args = parse_arguments(["--intensity", "none"])
     for iteration in range(12):
         batch = {"weak": weak[mine]}
-        (view, fired) = strong_views(batch, normalize(weak[mine]), labels[mine], gamma, iteration, args)
-        views.append((*view[0], fired))
+        (view,), fired = strong_views(batch, normalize(weak[mine]), labels[mine], gamma, iteration, args)
+        views.append((*view[:2], fired))
     torch.save(views, f"{out}/{world}-{rank}.pt")
 
 
@@ -452,7 +485,7 @@ CASES = {
                          "w.pth: not a file of"),
     "weights with code": (lambda r: code_file(r / "w.pth"), "--weights {root}/w.pth", "weights_only=True"),
     "other weights": (lambda r: torch.save({"conv1.weight": torch.zeros(1)}, r / "w.pth"),
-                      "--weights {root}/w.pth", r"do not fit resnet18: layer conv1.weight should be \(64, 3"),
+                      "--weights {root}/w.pth", "hold no ResNet by torchvision's names"),
     "crop too small": (None, "--crop-size 31", "--crop-size 31: too small for an output stride of 16"),
     "tau": (None, "--tau 1.5", "--tau 1.5: a probability"),
     "alpha": (None, "--ema 1", "--ema 1.0: at least 0 and below 1"),

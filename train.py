@@ -74,7 +74,7 @@ def train_step(student, teacher, optimizer, batch, iteration, args):
         with nullcontext() if last or student is bare else student.no_sync():
             loss, *parts = micro_batch_loss(  # lines 1, 7 and 8
                 student, micro(batch["x"], k), micro(batch["y"], k),
-                [(micro(images, k), micro(labels, k)) for images, labels in views],
+                [(micro(images, k), micro(labels, k), weight) for images, labels, weight in views],
                 None if gamma is None else micro(own(gamma), k), args)
             with record_function("backward"):
                 (loss / args.accumulate).backward()
@@ -94,7 +94,7 @@ def train_step(student, teacher, optimizer, batch, iteration, args):
 def guidance(student, teacher, batch, iteration, args):
     """Algorithm 1, lines 2-6: how hard each unlabelled image is, and the strong views that follow.
 
-    Returns (gamma of the global batch (B,); this rank's strong views [(images, pseudo-labels), ...];
+    Returns (gamma of the global batch (B,); this rank's strong views, as strong_views makes them;
     mean and spread of gamma, the confident ratio and whether CutMix fired, (4,)).
     """
     with torch.no_grad():
@@ -132,8 +132,8 @@ def strong_views(batch, weak, labels, gamma, iteration, args):
     """This rank's strong views and their pseudo-labels: Eq. 8 and Eq. 9, or rows of Table 4.
 
     weak is the normalised weak view, `labels` its pseudo-labels, gamma the global batch's hardness.
-    Returns ([(images, pseudo-labels), ...], whether CutMix fired: a float scalar). The pairs, u and
-    the boxes are the global batch's (R11), so the ranks exchange their images as uint8.
+    Returns ([(images, pseudo-labels, weight in Eq. 10), ...], whether CutMix fired: a float scalar).
+    The pairs, u and the boxes are the global batch's (R11), so the ranks exchange images as uint8.
     """
     views, fired = [], gamma.new_zeros(())
     if args.intensity != "none":
@@ -154,17 +154,21 @@ def strong_views(batch, weak, labels, gamma, iteration, args):
             fired = torch.full((), u < 0.5, device=gamma.device)
         mixed, mixed_labels = cutmix(gather(batch["weak"]), gather(labels), partner, masks & fired)  # Eq. 9
         views.append((normalize(own(mixed)), own(mixed_labels)))
-    return views or [(weak, labels)], fired.float()
+    views, fired = views or [(weak, labels)], fired.float()
+    weights = [1 / len(views)] * len(views)
+    if args.as_released and len(views) == 2:  # the term of a CutMix that did not fire is left out (R7)
+        weights = [1 - fired / 2, fired / 2]
+    return [(*view, weight) for view, weight in zip(views, weights)], fired
 
 
 def micro_batch_loss(student, x, y, views, gamma, args):
     """Algorithm 1, lines 1, 7 and 8, for one micro-batch: the scalars L, L_x and L_u.
 
-    x, y: labelled images and labels as uint8; views: [(images, pseudo-labels), ...], none under
-    --supervised; gamma: (b,). The student sees all images in one forward.
+    x, y: labelled images and labels as uint8; views: [(images, pseudo-labels, weight), ...], none
+    under --supervised; gamma: (b,). The student sees all images in one forward.
     """
     with record_function("student forward"), autocast(x, args):
-        logits = student(torch.cat([normalize(x), *(images for images, _ in views)]))
+        logits = student(torch.cat([normalize(x), *(images for images, *_ in views)]))
     with record_function("loss"):
         logits, auxiliary = logits if args.aux else (logits, None)
         logits_x, *logits_u = logits.split(len(x))
@@ -174,7 +178,8 @@ def micro_batch_loss(student, x, y, views, gamma, args):
         loss_u = torch.zeros_like(loss_x)
         if views:
             gamma = gamma * (args.loss == "hardness")  # 0 makes Eq. 10 Eq. 4
-            loss_u = unsupervised_loss(logits_u, [labels for _, labels in views], gamma)
+            _, pseudo_labels, weights = zip(*views)
+            loss_u = unsupervised_loss(logits_u, pseudo_labels, gamma, weights)
         return loss_x + args.lambda_u * loss_u, loss_x, loss_u  # Eq. 1
 
 
@@ -225,7 +230,7 @@ def train(args, device):
     run = Run(args, data, draws, bare, teacher, optimizer)
     say(f"{args.dataset}: {len(labelled)} labelled, {len(draws.unlabelled)} unlabelled and "
         f"{len(data.val)} validation images, {len(data.classes)} classes"
-        + "".join(f"\n{note}" for note in notes)
+        + "".join(f"\n{note}" for note in (*notes, getattr(bare, "note", "")) if note)
         + f"\n{args.iters} iterations on {world_size()} x {device.type}, into {args.out}"
         + (f"\nresumes at iteration {run.start} of {args.iters}" if run.start else ""))
 
@@ -252,7 +257,7 @@ def build_networks(args, num_classes, device):
     def build():
         try:
             return DeepLabV3Plus(num_classes, args.backbone, args.output_stride, args.channels,
-                                 args.weights if rank() == 0 else None, args.aux)
+                                 args.weights if rank() == 0 else None, args.aux, args.multi_grid)
         except (ValueError, OSError) as error:
             raise InputError(str(error)) from None
 

@@ -71,33 +71,26 @@ GROUPS["camvid"] = {f"CamVid {row}": f"{CAMVID} {flags}" for group in ("table4",
 GROUPS["camvid_labels"] = {f"CamVid {row}": f"{CAMVID} {flags.replace('{', '{CamVid ')}"
                            for row, flags in GROUPS["labels"].items()}
 
-PAPER_CELLS = [  # table, data set, splits, row, flags, the paper's mIoU: Tables 1 to 3
-    ("table1", "voc", "1_16 1_8 1_4", [
-        ("supervised ResNet-50", "--supervised --backbone resnet50", "63.8 69.0 72.5"),
-        ("HagSeg ResNet-50", "--backbone resnet50", "74.8 76.5 77.0"),
-        ("HagSeg ResNet-50 stride 8", "--backbone resnet50 --output-stride 8", "75.9 76.7 77.1"),
-        ("supervised ResNet-101", "--supervised --backbone resnet101", "67.4 72.1 74.7"),
-        ("HagSeg ResNet-101", "--backbone resnet101", "76.5 77.9 78.1"),
-        ("HagSeg ResNet-101 stride 8", "--backbone resnet101 --output-stride 8", "77.2 78.4 79.3")]),
-    ("table2", "voc_classic", "1_16 1_8 1_4 1_2 full", [
-        ("supervised ResNet-101", "--supervised --backbone resnet101", "45.5 57.5 66.6 70.4 72.9"),
-        ("HagSeg ResNet-101", "--backbone resnet101", "68.8 74.4 78.5 79.5 81.2"),
-        ("HagSeg ResNet-101 stride 8", "--backbone resnet101 --output-stride 8",
-         "70.0 75.3 79.1 80.2 82.0")]),
-    ("table3", "cityscapes", "1_16 1_8 1_4 1_2", [
-        ("supervised ResNet-50", "--supervised --backbone resnet50", "64.0 69.2 73.0 76.4"),
-        ("HagSeg ResNet-50", "--backbone resnet50", "74.3 77.4 78.1 79.3"),
-        ("HagSeg ResNet-50 stride 8", "--backbone resnet50 --output-stride 8", "75.2 78.0 78.2 80.2")]),
-    ("voc_table4", "voc", "1_8", [
-        (row, f"{flags} --backbone resnet101", miou) for row, (flags, miou) in TABLE4.items()]),
-]
-PAPER = {}  # row: the paper's mIoU
-for table, dataset, splits, rows in PAPER_CELLS:
-    GROUPS[table] = {}
-    for row, flags, numbers in rows:
-        for split, number in zip(splits.split(), numbers.split(), strict=True):
-            GROUPS[table][f"{table} {row} {split}"] = f"--dataset {dataset} --split {split} {flags}"
-            PAPER[f"{table} {row} {split}"] = number
+PAPER = {}  # row: the paper's mIoU; below, its supervised training, HagSeg, and HagSeg at stride 8
+for table, dataset, backbone, splits, *numbers in (
+        ("table1", "voc", "resnet50", "1_16 1_8 1_4",
+         "63.8 69.0 72.5", "74.8 76.5 77.0", "75.9 76.7 77.1"),
+        ("table1", "voc", "resnet101", "1_16 1_8 1_4",
+         "67.4 72.1 74.7", "76.5 77.9 78.1", "77.2 78.4 79.3"),
+        ("table2", "voc_classic", "resnet101", "1_16 1_8 1_4 1_2 full",
+         "45.5 57.5 66.6 70.4 72.9", "68.8 74.4 78.5 79.5 81.2", "70.0 75.3 79.1 80.2 82.0"),
+        ("table3", "cityscapes", "resnet50", "1_16 1_8 1_4 1_2",
+         "64.0 69.2 73.0 76.4", "74.3 77.4 78.1 79.3", "75.2 78.0 78.2 80.2")):
+    for row, flags, miou in zip(("supervised", "HagSeg", "HagSeg stride 8"),
+                                ("--supervised", "", "--output-stride 8"), numbers):
+        for split, number in zip(splits.split(), miou.split(), strict=True):
+            cell = f"{table} {row} {backbone} {split}"
+            GROUPS.setdefault(table, {})[cell] = (f"--dataset {dataset} --split {split} "
+                                                  f"--backbone {backbone} {flags}")
+            PAPER[cell] = number
+GROUPS["voc_table4"] = {f"voc_table4 {row}": f"--dataset voc --split 1_8 --backbone resnet101 {flags}"
+                        for row, (flags, _) in TABLE4.items()}
+PAPER |= {f"voc_table4 {row}": number for row, (_, number) in TABLE4.items()}
 
 # GiB of a GPU for 16 + 16 crops of 513 in bf16: 1.25 times what the network keeps for its backward pass.
 # Counted, not measured on a GPU; --accumulate overrides what follows from it.
@@ -228,7 +221,8 @@ def main():
     parser = argparse.ArgumentParser(description="Run and tabulate comparisons of settings.")
     parser.add_argument("--rows", nargs="+", choices=GROUPS, default=["table4"], help="groups of rows")
     parser.add_argument("--only", nargs="+", metavar="ROW", help="of these groups, only these rows")
-    parser.add_argument("--seeds", type=int, default=1, help="seeds 1, 2, ... of each row")
+    parser.add_argument("--seeds", type=int, default=1, help="how many seeds of each row")
+    parser.add_argument("--first-seed", type=int, default=1, help="0 is that of train.py alone")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side, sharing the cores")
     parser.add_argument("--ranks", type=int, metavar="N", help="torchrun with N processes, a GPU each")
     parser.add_argument("--accumulate", type=int, metavar="N",
@@ -241,7 +235,7 @@ def main():
     parser.add_argument("flags", nargs="*", metavar="-- FLAG", help="more flags of train.py, for all rows")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    seeds = range(1, args.seeds + 1)
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
     rows = {row: flags for group in args.rows for row, flags in GROUPS[group].items()}
     unknown = {*(args.only or [])} - {*rows}
     if unknown:
