@@ -257,7 +257,7 @@ def without(text, by=""):
 
 def export_again(root, said):
     """Masks as index PNGs of the right size and name, in masks/."""
-    shutil.rmtree(root / "masks")
+    shutil.rmtree(root / "masks", ignore_errors=True)
     folder()(root)
 
 
@@ -379,7 +379,7 @@ CASES = {
                           "20 files .heic .0.HEIC for one. are not read; .*convert them to JPEG"),
     "HEIC without a mask": (files(HEIC, *(f"images/{i}.HEIC" for i in range(9)), count=6),
                             "9 files .heic.*\nno unlabelled image", to_jpeg("images/*.HEIC"), paste),
-    "HEIC called JPEG": (files(HEIC, "images/p09.jpg"), r"cannot be read \(HEIC or AVIF\); convert it to JPEG",
+    "HEIC called JPEG": (files(HEIC, "images/p09.jpg"), r"p09.jpg: .*\(HEIC or AVIF\); convert it to JPEG",
                          to_jpeg("images/p09.jpg")),
     "photographs elsewhere": (both(folder(count=6), folder(masked=0, images="unlabeled", image="u{}.jpg")),
                               "unlabeled: 12 files .jpg .*move them into .*\nno unlabelled",
@@ -392,8 +392,8 @@ CASES = {
     "train.txt of labelled images": (both(folder(), lists("p00 p01 p02", "p04 p05")),
                                      "p03.jpg: 7 photographs like this one are on no list.*\nno unlabelled",
                                      texts(f"{LISTS}/train.txt", "p00\np01\np02\np07\np08\n")),
-    "hidden files": (files(b"\0\5\x16\7" + bytes(99), "images/.DS_Store", "images/._p00.jpg", "masks/._p00.png",
-                           "masks/Thumbs.db", "images/desktop.ini"), None),
+    "hidden files": (files(b"\0\5\x16\7" + bytes(99), "images/.DS_Store", "images/._p00.jpg",
+                           "masks/._p00.png", "masks/Thumbs.db", "images/desktop.ini"), None),
     "no suffix": (both(folder(), lambda root: (root / "images/p09.jpg").rename(root / "images/p09")),
                   "1 files without suffix .p09 for one.*call this one p09.jpg"),
     "one label": (folder(masked=1), "p00 alone has a mask, and two are needed",
@@ -405,7 +405,7 @@ CASES = {
     "no folder": (folder(images="."), "call the folder of the photographs images/", move("*.jpg", "images")),
     # Names
     "capitals": (folder(image="p{:02d}.JPG", name="p{:02d}.PNG"), None),
-    ".jfif": (both(folder(), lambda root: move("images/*", "images", without("jpg", "jfif"))(root, "")), None),
+    ".jfif": (both(folder(), lambda root: move("images/*", "images", without("jpg", "jfif"))(root, 0)), None),
     "spaces and dots": (folder(image="IMG 2024.06.{:02d} (1).jpg", name="IMG 2024.06.{:02d} (1).png"), None),
     "commas in names": (folder(image="a,{},b.jpg", name="a,{},b.png"), None),
     "names with #": (both(folder(image="#{}.jpg", name="#{}.png"), lists(val="#4 #5")), "2 for validation"),
