@@ -10,6 +10,7 @@ import math
 import re
 import shlex
 import signal
+import sys
 import unicodedata
 import warnings
 from contextlib import contextmanager, suppress
@@ -24,6 +25,9 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 import augment
 from shapes import SHAPES_CLASSES, draw_shapes
+
+if sys.version_info.minor < 10:  # every command comes by here
+    sys.exit(f"HagSeg needs Python 3.10 or later; this is {sys.version_info[0]}.{sys.version_info[1]}")
 
 IGNORE = 255
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's

@@ -1,10 +1,12 @@
 """Mean IoU on a validation set, sliding windows (Sec. 3) and pictures (Fig. 3b).
 
     python evaluate.py CHECKPOINT                       per-class IoU on the run's validation set
+    python evaluate.py CHECKPOINT --list FILE           on other images, such as a test set
     python evaluate.py CHECKPOINT --pictures DIR        with image | ground truth | prediction panels
 """
 
 import argparse
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -14,10 +16,20 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from data import IGNORE, InputError, loaded, normalize, open_data, picture_to_tensor, reading, short_list
+from data import (
+    IGNORE,
+    InputError,
+    loaded,
+    normalize,
+    open_data,
+    picture_to_tensor,
+    read_list,
+    reading,
+    short_list,
+)
 from model import DeepLabV3Plus
 from prepare import check_classes, check_files
-from ranks import join, leave, rank, sum_over_ranks, together, world_size
+from ranks import join, leave, rank, say, sum_over_ranks, together, world_size
 
 WHOLE_IMAGE_PIXELS = 2048 * 1024  # a larger image goes through windows, so that memory is bounded
 
@@ -145,25 +157,46 @@ def load_rgb(data, name):
         return picture_to_tensor(data.image(name).convert("RGB"))
 
 
+def validation_images(data, workers, endless=False):
+    """Yields (image, labels, id) of this rank's part of data.val, once or again and again. Several
+    ranks spawn their loader processes, which takes seconds, so a run has one such iterator."""
+    names = data.val[rank()::world_size()]
+    order = range(len(names))
+    return loaded(ValidationImages(data, names), workers, batch_size=None,
+                  sampler=itertools.cycle(order) if endless else order)
+
+
 @torch.inference_mode()
-def evaluate(models, data, device, window=None, max_side=None, workers=0, amp=False):
-    """The confusion matrices (models, C, C), int64, of this rank's part of data.val.
+def evaluate(networks, data, device, window=None, max_side=None, amp=False, images=None, check=None):
+    """The confusion matrices (networks, C, C), int64, of this rank's part of data.val.
 
     Each rank takes every world-size-th image, so that each image counts once: sum_over_ranks adds
-    the parts up. The models are put into evaluation mode, and back.
+    the parts up. The networks are put into evaluation mode, and back.
+    images:     what validation_images yields.
+    check:      called before each image. What it raises on any rank, or an image that cannot be read,
+                is raised on all ranks.
     """
-    images = ValidationImages(data, data.val[rank()::world_size()])
-    C = len(data.classes)
-    confusions = torch.zeros(len(models), C, C, dtype=torch.int64, device=device)
-    training = [model.training for model in models]
-    for image, target, _ in loaded(images, workers, batch_size=None):
+    images = images or validation_images(data, workers=0)
+    networks, C = list(networks), len(data.classes)
+    confusions = torch.zeros(len(networks), C, C, dtype=torch.int64, device=device)
+
+    def count(i):
+        if check:
+            check()
+        if i >= len(data.val):  # other ranks have an image more
+            return
+        image, target, _ = next(images)
         image, target = image.to(device), target.to(device)
-        for model, confusion in zip(models, confusions):
+        for network, confusion in zip(networks, confusions):
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                prediction = predict(model.eval(), image, window, max_side)
+                prediction = predict(network.eval(), image, window, max_side)
             confusion += confusion_matrix(prediction, target, C)
-    for model, mode in zip(models, training):
-        model.train(mode)
+
+    training = [network.training for network in networks]
+    for first in range(0, len(data.val), world_size()):
+        together(count, first + rank())
+    for network, mode in zip(networks, training):
+        network.train(mode)
     return confusions
 
 
@@ -178,17 +211,17 @@ def iou_table(classes, confusions):
     return "\n".join(lines)
 
 
-def load_checkpoint(path):
-    """A checkpoint of train.py as a dict. Raises InputError for anything else."""
+def load_checkpoint(path, remedy="a last.pth or best.pth of train.py"):
+    """A checkpoint of train.py as a dict. Raises InputError for anything else: give the `remedy`."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint") from None
     except Exception as error:  # torch.load raises what it likes for what it cannot read
         raise InputError(f"{path}: no checkpoint that weights_only=True loads "
-                         f"({type(error).__name__}); give a last.pth or best.pth of train.py") from None
+                         f"({type(error).__name__}); give {remedy}") from None
     if not isinstance(state, dict) or not {"settings", "classes", "student", "teacher"} <= state.keys():
-        raise InputError(f"{path}: not a checkpoint of train.py; give a last.pth or best.pth")
+        raise InputError(f"{path}: not a checkpoint of train.py; give {remedy}")
     return state
 
 
@@ -204,7 +237,7 @@ def load_model(path, student=False, device="cpu"):
     except (KeyError, RuntimeError) as error:
         raise InputError(f"{path}: does not fit its own settings ({str(error).splitlines()[-1].strip()})") \
             from None
-    return model.eval().to(device), state
+    return model.eval().to(device, memory_format=torch.channels_last), state
 
 
 def colourize(labels, palette):
@@ -229,11 +262,12 @@ def panel(image, *maps, palette):
 
 
 @torch.inference_mode()
-def panels(models, data, names, device, window=None, max_side=None):
-    """Yields (id, panel): image | ground truth | the prediction of each model, for each id."""
+def panels(networks, data, names, device, window=None, max_side=None, amp=False):
+    """Yields (id, panel): image | ground truth | the prediction of each network, for each id."""
     for name in names:
         image = load_rgb(data, name).to(device)
-        maps = [predict(model.eval(), image, window, max_side) for model in models]
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            maps = [predict(network.eval(), image, window, max_side) for network in networks]
         truth = picture_to_tensor(data.mask(name))
         yield name, panel(image, truth, *maps, palette=data.palette)
 
@@ -249,50 +283,83 @@ def stack(pictures, path):
     sheet.save(path)
 
 
+def listed_ids(path, data, state):
+    """The ids of --list: those of images with masks. Says which of them were labelled in training."""
+    names = read_list(path)
+    unknown = [name for name in names if name not in data.images or name not in data.masks]
+    if unknown:
+        raise InputError(f"--list {path}: {len(unknown)} ids have no image with a mask under --data-root: "
+                         f"{short_list(unknown)}; take them off the list, or give their --data-root")
+    if not names:
+        raise InputError(f"--list {path}: is empty; write an id a line")
+    seen = sorted(set(names).intersection(state.get("lists", {}).get("labelled", [])))
+    if seen:
+        say(f"{len(seen)} of the {len(names)} listed images were labelled in training: {short_list(seen)}")
+    return names
+
+
+def open_all(args, device):
+    """(networks, checkpoint, data) as the flags name them; the network to evaluate is the last."""
+    network, state = load_model(args.checkpoint, args.student, device)
+    networks = [network]
+    if args.beside:
+        other, its_state = load_model(args.beside, args.student, device)
+        if its_state["classes"] != state["classes"] or not args.pictures:
+            raise InputError(f"--beside {args.beside}: goes with --pictures DIR, and with a checkpoint of "
+                             f"the same classes")
+        networks = [other, network]
+    data = open_data(state["settings"]["dataset"], args.data_root or state["settings"]["data_root"])
+    if list(data.classes) != list(state["classes"]):
+        raise InputError(f"{args.checkpoint}: trained on the classes {short_list(state['classes'])}, "
+                         f"but --data-root holds {short_list(data.classes)}; give its own data")
+    if args.list:
+        data.train, data.val = [], listed_ids(args.list, data, state)
+    found = check_files(data, data.val)
+    if not found.problems:
+        check_classes(data, "validation", data.val, 1, found)
+    if found.problems:
+        raise InputError(found.problems[0])
+    return networks, state, data
+
+
 def main(argv=None):
     """Exit code 2 for input that cannot be used."""
     parser = argparse.ArgumentParser(description="Evaluate a checkpoint of train.py.")
-    parser.add_argument("checkpoint", type=Path, help="last.pth or best.pth in a run's folder")
-    parser.add_argument("--data-root", help="where the data set is, if not where training found it")
-    parser.add_argument("--student", action="store_true", help="the student instead of the teacher")
+    parser.add_argument("checkpoint", type=Path,
+        help="last.pth or best.pth in a run's folder")
+    parser.add_argument("--data-root",
+        help="where the data set is, if not where training found it")
+    parser.add_argument("--list", type=Path, metavar="FILE",
+        help="ids to evaluate on instead of the validation set, in any form that --split takes: a test set")
+    parser.add_argument("--student", action="store_true",
+        help="the student instead of the teacher")
     parser.add_argument("--pictures", type=Path, metavar="DIR",
-                        help="write a panel of each validation image: image | truth | prediction")
+        help="write a panel of each image: image | truth | prediction")
     parser.add_argument("--beside", type=Path, metavar="CHECKPOINT",
-                        help="a second prediction in the panels, left of the first: a baseline's")
-    parser.add_argument("--workers", type=int, default=0, help="loader processes")
+        help="a second prediction in the panels, left of the first: a baseline's")
+    parser.add_argument("--workers", type=int, default=0,
+        help="loader processes")
     args = parser.parse_args(argv)
-    device = join()
     try:
-        model, state = load_model(args.checkpoint, args.student, device)
-        settings, models = state["settings"], []
-        if args.beside:
-            other, its_state = load_model(args.beside, args.student, device)
-            if its_state["classes"] != state["classes"] or not args.pictures:
-                raise InputError(f"--beside {args.beside}: goes with --pictures DIR, and with a "
-                                 f"checkpoint of the same classes")
-            models = [other]
-        data = open_data(settings["dataset"], args.data_root or settings["data_root"])
-        if list(data.classes) != list(state["classes"]):
-            raise InputError(f"{args.checkpoint}: trained on the classes {short_list(state['classes'])}, "
-                             f"but --data-root holds {short_list(data.classes)}; give its own data")
-        found = check_files(data, data.val)
-        if not found.problems:
-            check_classes(data, "validation", data.val, 1, found)
-        if found.problems:
-            raise InputError(found.problems[0])
-        confusion, = sum_over_ranks(together(
-            evaluate, [model], data, device, settings["window"], settings["image_size"], args.workers,
-            settings["amp"] and device.type == "cuda"))
-        if rank() == 0:
-            print(iou_table(data.classes, {"student" if args.student else "teacher": confusion}))
+        device = join()
+    except ValueError as error:
+        sys.exit(f"evaluate.py: {error}")
+    try:
+        networks, state, data = together(open_all, args, device)
+        settings = state["settings"]
+        how = settings["window"], settings["image_size"], settings["amp"] and device.type == "cuda"
+        confusion, = sum_over_ranks(evaluate(networks[-1:], data, device, *how,
+                                             validation_images(data, args.workers)))
+        say(iou_table(data.classes, {"student" if args.student else "teacher": confusion}))
         if args.pictures and rank() == 0:
             args.pictures.mkdir(parents=True, exist_ok=True)
-            for name, picture in panels([*models, model], data, data.val, device, settings["window"],
-                                        settings["image_size"]):
+            for name, picture in panels(networks, data, data.val, device, *how):
                 picture.save(args.pictures / f"{name}.png")
     except (InputError, OSError) as error:
         if rank() == 0:
-            print(f"evaluate.py: {error}", file=sys.stderr)
+            text = error if isinstance(error, InputError) else (
+                f"--pictures {args.pictures}: cannot be written ({error.strerror}); give another folder")
+            print(f"evaluate.py: {text}", file=sys.stderr)
         sys.exit(2)
     finally:
         leave()

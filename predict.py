@@ -47,45 +47,61 @@ def photograph_hardness(student, teacher, image, state):
     return tuple(torch.cat([gamma.clamp(0, 1), rho_s, rho_t]).tolist())
 
 
+def find_photographs(paths):
+    """The files among paths, and the photographs in the folders among them but for hidden ones."""
+    found = []
+    for path in paths:
+        if not path.exists():
+            raise InputError(f"{path}: no such file or folder")
+        inside = [path] if not path.is_dir() else sorted(
+            file for file in path.iterdir()
+            if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".") and file.is_file())
+        if not inside:
+            raise InputError(f"{path}: no photograph in it; what is read is "
+                             f"{' '.join(sorted(IMAGE_SUFFIXES))}")
+        found += inside
+    return list({file.resolve(): file for file in found}.values())
+
+
 @torch.inference_mode()
 def predict_files(model, state, paths, folder, device, pair=None):
     """Write STEM.png, the class map, and STEM_overlay.png for each photograph in files and folders;
     with the `pair` (student, teacher), hardness.csv too, the hardest first.
 
     A photograph that cannot be read, or whose results would overwrite another file that is read or
-    written here, is named on stderr and skipped. Returns how many were.
+    written here, is named on stderr and skipped. Returns how many were. OSError: `folder` cannot be
+    written.
     """
-    photographs = [file for path in paths for file in (
-        sorted(f for f in path.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES and f.name[0] != ".")
-        if path.is_dir() else [path])]
-    if not photographs:
-        raise InputError(f"{paths[0]}: no photograph in it")
+    photographs, settings = find_photographs(paths), state["settings"]
     if pair and (folder / "last.pth").exists():
         raise InputError(f"--out {folder}: the folder of a run, whose hardness.csv would be lost; give "
                          f"another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    settings, skipped, taken = state["settings"], 0, {file.resolve() for file in photographs}
-    hardness = []
+    sources, written = {file.resolve() for file in photographs}, {}
+    hardness, skipped = [], 0
     for done, file in enumerate(photographs, 1):
-        targets = [folder / f"{file.stem}.png", folder / f"{file.stem}_overlay.png"]
+        mask, picture = folder / f"{file.stem}.png", folder / f"{file.stem}_overlay.png"
+        targets = {mask.resolve(), picture.resolve()}
         try:
-            if not taken.isdisjoint(target.resolve() for target in targets):
-                raise InputError(f"{file}: its result would overwrite {targets[0]}; rename it, or predict it "
-                                 f"alone with another --out")
+            if targets & sources:
+                raise InputError(f"{file}: its result would overwrite a photograph; give another --out")
+            for target in targets & written.keys():
+                raise InputError(f"{file}: its result would overwrite that of {written[target]}; predict it "
+                                 f"by itself, with another --out")
             with reading(file):
                 image = picture_to_tensor(open_photograph(file).convert("RGB"))
-            with torch.autocast(device.type, torch.bfloat16,
-                                enabled=settings["amp"] and device.type == "cuda"):
-                labels = predict(model, image.to(device), settings["window"],
-                                 settings["image_size"]).cpu()
-                if pair:
-                    hardness.append((*photograph_hardness(*pair, image.to(device), state), str(file)))
-            colourize(labels, state["palette"]).save(targets[0])
-            overlay(image, labels, state["classes"], state["palette"]).save(targets[1])
-            taken.update(target.resolve() for target in targets)
-        except (InputError, OSError) as error:
+        except InputError as error:
             print(f"predict.py: {error}", file=sys.stderr)
             skipped += 1
+        else:
+            with torch.autocast(device.type, torch.bfloat16,
+                                enabled=settings["amp"] and device.type == "cuda"):
+                labels = predict(model, image.to(device), settings["window"], settings["image_size"]).cpu()
+                if pair:
+                    hardness.append((*photograph_hardness(*pair, image.to(device), state), str(file)))
+            colourize(labels, state["palette"]).save(mask)
+            overlay(image, labels, state["classes"], state["palette"]).save(picture)
+            written |= dict.fromkeys(targets, file)
         if done % 20 == 0 or done == len(photographs):
             print(f"{done}/{len(photographs)} photographs, {skipped} skipped", flush=True)
     if pair:
@@ -108,29 +124,30 @@ def write_hardness(ranked, path):
 def main(argv=None):
     """Exit code 2 for input that cannot be used, 1 if photographs were skipped."""
     parser = argparse.ArgumentParser(description="Segment photographs with a checkpoint of train.py.")
-    parser.add_argument("checkpoint", type=Path, help="last.pth or best.pth in a run's folder")
+    parser.add_argument("checkpoint", type=Path,
+        help="last.pth or best.pth in a run's folder")
     parser.add_argument("paths", type=Path, nargs="+", metavar="PATH",
-                        help="photographs, or folders of them")
+        help="photographs, or folders of them")
     parser.add_argument("--out", type=Path, default=Path("predictions"),
-                        help="folder of the results (default: predictions)")
-    parser.add_argument("--student", action="store_true", help="the student instead of the teacher")
+        help="folder of the results (default: predictions)")
+    parser.add_argument("--student", action="store_true",
+        help="the student instead of the teacher")
     parser.add_argument("--hardness", action="store_true",
-                        help="rank the photographs by how far student and teacher are from a confident "
-                             "agreement (Eq. 7): hardness.csv, the hardest first, to label next")
+        help="rank the photographs by how far student and teacher are from a confident agreement "
+             "(Eq. 7): hardness.csv, the hardest first, to label next")
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         model, state = load_model(args.checkpoint, args.student, device)
-        missing = [path for path in args.paths if not path.exists()]
-        if missing:
-            raise InputError(f"{missing[0]}: no such file or folder")
         pair = None
         if args.hardness:
             other, _ = load_model(args.checkpoint, not args.student, device)
             pair = (model, other) if args.student else (other, model)
         skipped = predict_files(model, state, args.paths, args.out, device, pair)
     except (InputError, OSError) as error:
-        print(f"predict.py: {error}", file=sys.stderr)
+        text = error if isinstance(error, InputError) else (
+            f"--out {args.out}: cannot be written ({error.strerror}); give another --out")
+        print(f"predict.py: {text}", file=sys.stderr)
         sys.exit(2)
     sys.exit(1 if skipped else 0)
 

@@ -4,6 +4,7 @@ Works alone: torch is all it needs. Shapes: a global batch of B images is b = B 
 """
 
 import os
+from contextlib import suppress
 
 import torch
 import torch.distributed as dist
@@ -12,14 +13,20 @@ import torch.distributed as dist
 def join():
     """This process's device, after it joined the others of torchrun, if there are any.
 
-    Raises ValueError where torchrun was told to start more processes than there are GPUs.
+    Raises ValueError where torchrun was told to start more processes than there are GPUs, and where
+    it is only half said what the others are.
     """
-    cuda, local_rank = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
-    if cuda:
-        if local_rank >= torch.cuda.device_count():
-            raise ValueError(f"--nproc_per_node: there are {torch.cuda.device_count()} GPUs here")
-        torch.cuda.set_device(local_rank)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    cuda, world = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE") or 1)
+    if world > 1:
+        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+        if missing:
+            raise ValueError(f"WORLD_SIZE is {world}, but {' and '.join(missing)} are not set: start with "
+                             f"torchrun, or unset WORLD_SIZE")
+        if cuda:
+            local_rank, count = int(os.environ.get("LOCAL_RANK") or 0), torch.cuda.device_count()
+            if local_rank >= count:
+                raise ValueError(f"--nproc_per_node: there are {count} GPUs here")
+            torch.cuda.set_device(local_rank)
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     return torch.device("cuda" if cuda else "cpu")
 
@@ -52,9 +59,10 @@ def own(whole):
 
 
 def say(text):
-    """Print a line, once."""
+    """Print a line, once. That nobody listens any more ends no run."""
     if rank() == 0:
-        print(text, flush=True)
+        with suppress(OSError):
+            print(text, flush=True)
 
 
 def together(function, *arguments):

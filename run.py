@@ -1,20 +1,24 @@
 """The folder of a run: its settings, lock, logs, checkpoints, resuming, validation and result.
 
-    settings.json, labelled.txt, unlabelled.txt      what the run is; another run is refused here
-    metrics.jsonl, hardness.csv, tensorboard/        its logs
-    last.pth, best.pth                               its checkpoints, always whole
-    result.txt, predictions.png                      its result
+    settings.json, labelled.txt, unlabelled.txt, val.txt     what the run is; another run is refused here
+    metrics.jsonl, hardness.csv, tensorboard/                its logs
+    last.pth, best.pth                                       its checkpoints, always whole
+    result.txt, predictions.png                              its result
 
 Rank 0 writes all of it. A checkpoint holds the sizes that the logs had when it was written; resuming
 cuts them back to those, so that no line stands there twice and none by half.
 """
 
-import fcntl
+import csv
+import errno
 import io
 import json
+import math
 import os
 import signal
+import threading
 import time
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -22,12 +26,20 @@ import torch
 import torch.distributed as dist
 
 from data import InputError, short_list, training_batches
-from evaluate import evaluate, iou_table, load_checkpoint, mean_iou, panels, stack
+from evaluate import evaluate, iou_table, load_checkpoint, mean_iou, panels, stack, validation_images
 from ranks import own, rank, say, sum_over_ranks, together, world_size
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 METRICS = ("loss", "loss_x", "loss_u", "hardness_mean", "hardness_std", "confident", "cutmix")
-LOGS = ("metrics.jsonl", "hardness.csv")
-FREE = ("data_root", "out", "workers", "checkpoint_every", "cuda")  # settings that may differ on resuming
+LOGS = ("metrics.jsonl", "hardness.csv", "tensorboard/events.out.tfevents.0")
+FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", None)}
+# What may differ on resuming: none of it changes what a result means. (--split is compared as lists.)
+FREE = {"accumulate", "checkpoint_every", "cuda", "data_root", "default_amp", "eval_every", "log_every",
+        "out", "split", "workers"}
 
 
 class RunError(Exception):
@@ -40,107 +52,133 @@ class Run:
     student is the bare network, without its DDP. Raises InputError for a folder that cannot be used.
     """
 
-    def __init__(self, args, data, draws, student, teacher, optimizer):
-        self.args, self.data, self.draws, self.folder = args, data, draws, Path(args.out)
+    def __init__(self, args, data, draws, student, teacher, optimizer, device):
+        self.args, self.data, self.draws, self.device = args, data, draws, device
         self.student, self.teacher, self.optimizer = student, teacher, optimizer
-        self.best = {"miou": -1.0, "iteration": 0}
+        self.folder = Path(args.out)
+        self.lists = {"labelled": draws.labelled, "unlabelled": draws.unlabelled, "val": data.val}
+        self.start, self.best = 0, {"miou": -1.0, "iteration": 0}
+        self.validation_due = False  # a validation after iteration `start` was stopped
         self.pending, self.rows = [], torch.empty(0, len(METRICS))  # on the device; on the host
-        self.board, self.printed, self.clock = None, 0.0, (time.time(), 0)
-        together(self.claim)
-        self.start = self.resume()
+        self.resume()
+        self.images = validation_images(data, min(args.workers, 4), endless=True)
+        self.stopping, self.parent = [], os.getppid()
+        self.printed, self.clock = 0.0, (time.time(), self.start)
 
     def claim(self):
-        """Lock the folder, and write or compare what the run is."""
+        """Lock the folder, refuse it if another run is in it, and write down what this run is.
+        Returns last.pth, if there is one, on rank 0."""
         if rank() != 0:
-            return
-        settings = {k: v for k, v in vars(self.args).items() if k not in FREE}
-        lists = {"labelled.txt": self.draws.labelled, "unlabelled.txt": self.draws.unlabelled}
+            return None
+        last, best = self.folder / "last.pth", self.folder / "best.pth"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.folder / "lock", "w")
-            # Not flock: loader processes would inherit it, and outlive a killed run by seconds.
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            before = self.folder / "settings.json"
-            if before.exists():
-                old = json.loads(before.read_text())
-                changed = [f"{k} {old.get(k)} -> {v}" for k, v in settings.items() if old.get(k) != v]
-                changed += [name for name, ids in lists.items()
-                            if (self.folder / name).read_text().split("\n")[:-1] != ids]
-                if changed:
-                    raise InputError(f"--out {self.folder}: holds a run with other settings "
-                                     f"({short_list(changed, 5)}); give another --out")
-            else:
-                for name, ids in lists.items():
-                    (self.folder / name).write_text("".join(f"{i}\n" for i in ids))
-                before.with_suffix(".tmp").write_text(json.dumps(settings, indent=1))
-                os.replace(before.with_suffix(".tmp"), before)  # last: with it, the lists are whole
-        except BlockingIOError:
-            raise InputError(f"--out {self.folder}: another live run writes there; give another --out") \
-                from None
-        except (OSError, json.JSONDecodeError) as error:
-            raise InputError(f"--out {self.folder}: cannot be used ({error}); give another --out") from None
+            self.lock = lock(self.folder)
+            found = next((path for path in (last, best) if path.exists()), None)
+            state = load_checkpoint(found, "another --out") if found else None
+            if state:
+                self.compare(state)
+            for name, ids in self.lists.items():
+                text = "".join(f"{i}\n" for i in ids)
+                write_whole(self.folder / f"{name}.txt", text.encode(errors="surrogateescape"))
+            write_whole(self.folder / "settings.json", json.dumps(vars(self.args), indent=1).encode())
+        except OSError as error:
+            remedy = "make room there" if error.errno in FULL else "give another --out"
+            raise InputError(f"--out {self.folder}: cannot be used ({error.strerror}); {remedy}") from None
+        return state if found == last else None
+
+    def compare(self, state):
+        """Refuse the checkpoint of another run; say what differs and may."""
+        changed, notes = changes(state["settings"], vars(self.args)), []
+        remedy = "give another --out"
+        if list(state["classes"]) != list(self.data.classes):
+            changed.append(f"its classes are {short_list(state['classes'])}")
+        for name, ids in self.lists.items():
+            before = set(state.get("lists", {}).get(name, ids))
+            gone = sorted(before.difference(ids))
+            if not before.issuperset(ids):
+                changed.append(f"{len(set(ids) - before)} more {name} images")
+                if self.args.dataset == "custom":
+                    remedy = (f"give another --out; where images were removed, keep the lists: --split "
+                              f"{self.folder}/labelled.txt, and {self.folder}/val.txt in "
+                              f"ImageSets/Segmentation/")
+            elif gone:
+                use = "mIoU is that of" if name == "val" else "batches are drawn from"
+                notes.append(f"{len(gone)} {name} images are gone ({short_list(gone)}): from iteration "
+                             f"{state['iteration']} on, {use} the {len(ids)} that are left")
+        if changed:
+            raise InputError(f"--out {self.folder}: holds a run with other settings "
+                             f"({short_list(changed, 5)}); {remedy}")
+        if state["settings"]["amp"] != self.args.amp:
+            notes.append(f"resumes {'with' if self.args.amp else 'without'} bf16 autocast, the default here")
+        for note in notes:
+            say(note)
 
     def resume(self):
-        """Restore last.pth, if there is one, on all ranks. Returns the iteration to start with."""
-        path = self.folder / "last.pth"
-        state = [together(lambda: load_checkpoint(path) if rank() == 0 and path.exists() else None)]
+        """Restore last.pth, if there is one, on all ranks, and cut the logs back to it."""
+        path, sizes = self.folder / "last.pth", {}
+        state = [together(self.claim)]
         if world_size() > 1:
             dist.broadcast_object_list(state)
         state, = state
-        sizes, start = {}, 0
+        if state and state["optimizer"] is None:
+            raise InputError(f"{path}: this is a best.pth, which holds no optimizer to resume with; put "
+                             f"the last.pth back, or start from it with --weights {path} and another --out")
         try:
-            if state is not None:
+            if state:
                 self.student.load_state_dict(state["student"])
                 self.teacher.load_state_dict(state["teacher"])
                 self.optimizer.load_state_dict(state["optimizer"])
-                if list(state["classes"]) != list(self.data.classes):
-                    raise ValueError(f"its classes are {short_list(state['classes'])}")
-                self.best, self.rows = state["best"], state["rows"]
-                sizes, start = state["log_sizes"], state["iteration"]
+                self.start, self.best, self.rows = state["iteration"], state["best"], state["rows"]
+                self.validation_due = state["validation_due"]
+                self.args.iters, sizes = state["settings"]["iters"], state["log_sizes"]
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path}: not the last checkpoint of this run "
                              f"({str(error).strip().splitlines()[-1].strip()}); give another --out") from None
-        self.clock = time.time(), start
-        if rank() == 0:
-            for log in (self.folder / name for name in LOGS):
-                if log.exists() and log.stat().st_size > sizes.get(log.name, 0):
-                    os.truncate(log, sizes.get(log.name, 0))
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-                self.board = SummaryWriter(self.folder / "tensorboard", purge_step=start + 1)
-            except ImportError:
-                pass
-        return start
+        together(self.cut_logs, sizes)
 
-    def batches(self, device):
+    def batches(self):
         """Yields (iteration, batch): what is left of the run, this rank's part of each batch.
 
-        Stopped by SIGTERM or Ctrl-C, or by a file that cannot be read, the run is saved; then
-        RunError says so, on all ranks.
+        Stopped by a signal, or by a file that cannot be read, the run is saved; then RunError says
+        so, on all ranks.
         """
-        places = own(torch.arange(self.args.batch_size)).tolist()
-        batches = training_batches(self.draws, places, self.start, self.args.iters, self.args.workers,
+        for signum in stop_signals():
+            signal.signal(signum, lambda *_: self.stopping.append(True))
+        slots = own(torch.arange(self.args.batch_size)).tolist()
+        batches = training_batches(self.draws, slots, self.start, self.args.iters, self.args.workers,
                                    self.args.cuda)
-        stopping = []
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, lambda *_: stopping.append(True))
 
         def next_batch():
-            if stopping:
-                raise RunError("stopped by a signal")
+            self.check()
             return next(batches)
 
         try:
+            if self.validation_due:
+                self.validate(self.start)
+                self.save("last.pth", self.start)
             for iteration in range(self.start, self.args.iters):
                 try:
                     batch = together(next_batch)
                 except (InputError, RunError) as error:
-                    self.save("last.pth", iteration)
-                    raise RunError(f"{error}; saved iteration {iteration}: the same command resumes it") \
-                        from None
-                yield iteration, {name: t.to(device, non_blocking=True) for name, t in batch.items()}
+                    self.stop(error, iteration)
+                yield iteration, {name: t.to(self.device, non_blocking=True) for name, t in batch.items()}
         finally:
             batches.close()
+            self.images.close()
+
+    def check(self):
+        """Raise RunError if the run has been asked to stop."""
+        if self.stopping:
+            raise RunError("stopped by a signal")
+        if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.parent:
+            raise RunError("stopped, as torchrun is gone")
+
+    def stop(self, error, done, validation_due=False):
+        """Save the run on all ranks, and end it."""
+        self.validation_due = validation_due
+        self.save("last.pth", done)
+        raise RunError(f"{error}; saved iteration {done}: the same command resumes it") from None
 
     def record(self, iteration, scalars, gamma):
         """Keep what an iteration measured, on the device: reading it would wait for the device."""
@@ -155,29 +193,21 @@ class Run:
         self.pending = []
         rows = sum_over_ranks(torch.stack(scalars)) / world_size()
         for iteration, row in zip(iterations, rows):
-            bad = [name for name, value in zip(("L_x", "L_u"), row[1:3])
-                   if not value.isfinite()]
+            bad = [name for name, value in zip(("L", "L_x", "L_u"), row) if not value.isfinite()]
             if bad:
                 x, u = self.draws.ids(iteration)
                 raise RunError(f"{' and '.join(bad)} is not finite in iteration {iteration}, with the "
                                f"labelled images {' '.join(x)}" + (f" and the unlabelled images "
                                f"{' '.join(u)}" if u else "") + "; the last checkpoint is untouched; "
-                               "lower --lr, or look at these images")
+                               "give a lower --lr and another --out, or look at these images")
         self.rows = torch.cat([self.rows, rows])
         if gammas[0] is not None:
-            self.append("hardness.csv", "".join(
-                f"{iteration},{name},{value:.4f}\n"
+            text = io.StringIO()
+            csv.writer(text, lineterminator="\n").writerows(
+                (iteration, name, f"{value:.4f}")
                 for iteration, gamma in zip(iterations, torch.stack(gammas).tolist())
-                for name, value in zip(self.draws.ids(iteration)[1], gamma)))
-
-    def append(self, name, text):
-        if rank() == 0:
-            try:
-                with open(self.folder / name, "a") as file:
-                    file.write(text)
-            except OSError as error:
-                raise RunError(f"{self.folder / name}: cannot be written ({error}); make room, and "
-                               f"the same command resumes from the last checkpoint") from None
+                for name, value in zip(self.draws.ids(iteration)[1], gamma))
+            self.append("hardness.csv", text.getvalue().encode(errors="surrogateescape"))
 
     def log(self, done):
         """The means since the last line: into metrics.jsonl, TensorBoard, and every few seconds on
@@ -187,25 +217,45 @@ class Run:
         self.rows = self.rows[:0]
         now, (then, since) = time.time(), self.clock
         rate, self.clock = (done - since) / max(now - then, 1e-9), (now, done)
-        record = {"iteration": done, **{name: float(f"{v:.6g}") for name, v in values.items()},
-                  "lr": self.optimizer.param_groups[1]["lr"],
-                  "images_per_second": round(rate * self.args.batch_size * (2 - self.args.supervised), 2)}
-        together(self.append, "metrics.jsonl", json.dumps(record) + "\n")
-        for name, value in record.items():
-            if self.board:
-                self.board.add_scalar(name, value, done)
-                self.board.flush()
+        images_per_second = round(rate * self.args.batch_size * (2 - self.args.supervised), 2)
+        together(self.write_metrics, done, {
+            **{name: float(f"{v:.6g}") for name, v in values.items()},
+            "lr": self.optimizer.param_groups[1]["lr"], "images_per_second": images_per_second})
         if now - self.printed > 4 or done == self.args.iters:
             self.printed, left = now, timedelta(seconds=round((self.args.iters - done) / rate))
             hardness = "" if self.args.supervised else (
                 f"  L_u {values['loss_u']:.3f}  gamma {values['hardness_mean']:.2f}\u00b1"
                 f"{values['hardness_std']:.2f}  conf {values['confident']:4.0%}  "
                 f"cutmix {values['cutmix']:4.0%}")
-            say(f"{self.progress(done)}  L_x {values['loss_x']:.3f}{hardness}  lr {record['lr']:.4f}  "
-                f"{record['images_per_second']:.1f}/s  {left}")
+            lr = self.optimizer.param_groups[1]["lr"]
+            say(f"{self.progress(done)}  L_x {values['loss_x']:.3f}{hardness}  lr {lr:.4f}  "
+                f"{images_per_second:.1f}/s  {left}")
 
     def progress(self, done):
         return f"{done:{len(str(self.args.iters))}}/{self.args.iters}"
+
+    def write_metrics(self, done, record):
+        """A line of metrics.jsonl, where nan is null, and the same for TensorBoard."""
+        flat = {}
+        for name, value in record.items():
+            flat |= ({f"{name}/{label}": v for label, v in value.items()} if isinstance(value, dict)
+                     else {name: value})
+        self.append("metrics.jsonl", json.dumps({"iteration": done, **record}).encode() + b"\n")
+        self.append(LOGS[2], scalar_event({k: v for k, v in flat.items() if v is not None}, done))
+
+    def append(self, log, content):
+        if rank() == 0 and content:
+            path = self.folder / log
+            with writing(path):
+                path.parent.mkdir(exist_ok=True)
+                with open(path, "ab") as file:
+                    file.write(content)
+
+    def cut_logs(self, sizes):
+        for log in LOGS if rank() == 0 else ():
+            path, size = self.folder / log, sizes.get(log, 0)
+            if path.exists() and path.stat().st_size > size:
+                os.truncate(path, size)
 
     def save(self, name, done):
         """Write a checkpoint, on rank 0; what goes wrong there is raised on all ranks."""
@@ -213,72 +263,158 @@ class Run:
         together(self.write_checkpoint, name, done)
 
     def write_checkpoint(self, name, done):
-        """Write to a temporary file and move it, so that `name` is always a whole checkpoint."""
         if rank() != 0:
             return
         if not all(p.isfinite().all() for p in self.student.parameters()):
             raise RunError(f"the weights are not finite after iteration {done}; {name} is untouched; "
-                           f"lower --lr")
-        sizes = {log: (self.folder / log).stat().st_size if (self.folder / log).exists() else 0
-                 for log in LOGS}
+                           f"give a lower --lr and another --out")
+        logs = {log: self.folder / log for log in LOGS}
         state = {"settings": vars(self.args), "classes": self.data.classes,
                  "palette": self.data.palette, "iteration": done, "student": self.student.state_dict(),
                  "teacher": self.teacher.state_dict(),
                  "optimizer": self.optimizer.state_dict() if name == "last.pth" else None,
-                 "best": self.best, "rows": self.rows, "log_sizes": sizes}
-        path = self.folder / name
-        try:
-            buffer = io.BytesIO()
-            torch.save(state, buffer)
-            with open(f"{path}.tmp", "wb") as file:
-                file.write(buffer.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(f"{path}.tmp", path)
-        except OSError as error:
-            raise RunError(f"{path}: cannot be written ({error}); the checkpoint before is untouched: "
-                           f"make room, and the same command resumes the run") from None
+                 "best": self.best, "rows": self.rows, "validation_due": self.validation_due,
+                 "lists": self.lists,
+                 "log_sizes": {log: path.stat().st_size for log, path in logs.items() if path.exists()}}
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        with writing(self.folder / name):
+            write_whole(self.folder / name, buffer.getbuffer())
 
-    def validate(self, done, device):
-        """Mean IoU on val: of the teacher; after the last iteration of both, which is the result."""
+    def validate(self, done):
+        """Mean IoU on val: of the teacher; after the last iteration of both, which is the result.
+        Stopped, the run is saved, and resumes with this validation."""
         finished = done == self.args.iters
-        models = (self.teacher, self.student) if finished else (self.teacher,)
+        networks = {"teacher": self.teacher} | ({"student": self.student} if finished else {})
+        benchmark = torch.backends.cudnn.benchmark
         torch.backends.cudnn.benchmark = False  # images of many sizes: a search for each would cost
         try:
-            local = together(evaluate, models, self.data, device, self.args.window,
-                             self.args.image_size, self.args.workers, self.args.amp)
-        except InputError as error:
-            raise RunError(f"{error}; the same command resumes from the last checkpoint") from None
-        torch.backends.cudnn.benchmark = True
-        confusions = sum_over_ranks(local)
-        miou = [mean_iou(confusion)[0] for confusion in confusions]
-        record = {"iteration": done, **dict(zip(("miou_teacher", "miou_student"), miou))}
-        if miou[0] > self.best["miou"]:
-            self.best = {"miou": miou[0], "iteration": done}
+            local = evaluate(networks.values(), self.data, self.device, self.args.window,
+                             self.args.image_size, self.args.amp, self.images, self.check)
+        except (InputError, RunError) as error:
+            self.stop(error, done, validation_due=True)
+        self.validation_due = False
+        confusions, record = dict(zip(networks, sum_over_ranks(local))), {}
+        for name, confusion in confusions.items():
+            mean, per_class = mean_iou(confusion)
+            record[f"miou_{name}"] = None if math.isnan(mean) else mean
+            record[f"iou_{name}"] = {label: None if math.isnan(iou) else float(f"{iou:.6g}")
+                                     for label, iou in zip(self.data.classes, per_class.tolist())}
+        miou = record["miou_teacher"] or 0.0
+        if miou > self.best["miou"]:
+            self.best = {"miou": miou, "iteration": done}
             self.save("best.pth", done)
-        together(self.append, "metrics.jsonl", json.dumps(record) + "\n")
-        say(f"{self.progress(done)}  mIoU of the teacher on val {miou[0]:.2%}")
-        if self.board:
-            self.board.add_scalar("miou_teacher", miou[0], done)
+        together(self.write_metrics, done, record)
+        say(f"{self.progress(done)}  mIoU of the teacher on val {miou:.2%}")
+        if finished:
+            together(self.write_result, confusions)
+        torch.backends.cudnn.benchmark = benchmark
         self.clock = time.time(), done
-        if finished and rank() == 0:
-            self.write_result(confusions, device)
 
-    def write_result(self, confusions, device):
+    def write_result(self, confusions):
         """result.txt, the table of classes; predictions.png, the first images of val (Fig. 3b)."""
-        table = iou_table(self.data.classes, {"teacher": confusions[0], "student": confusions[1]})
-        text = (f"{table}\nThe result is the last iteration's. The teacher's best on val was "
-                f"{self.best['miou']:.2%}, after {self.best['iteration']}.\n")
-        pictures = panels([self.teacher], self.data, self.data.val[:8], device, self.args.window,
-                          self.args.image_size)
-        try:
-            (self.folder / "result.txt").write_text(text)
-            stack([picture for _, picture in pictures], self.folder / "predictions.png")
-        except OSError as error:
-            raise RunError(f"{self.folder}: cannot be written ({error}); make room, and the same "
-                           f"command resumes the run") from None
+        if rank() != 0:
+            return
+        text = (f"{iou_table(self.data.classes, confusions)}\nThe result is the last iteration's. The "
+                f"teacher's best on val was {self.best['miou']:.2%}, after {self.best['iteration']}.\n")
+        pictures = [picture for _, picture in panels(
+            [self.teacher], self.data, self.data.val[:8], self.device, self.args.window,
+            self.args.image_size, self.args.amp)]
+        with writing(self.folder):
+            write_whole(self.folder / "result.txt", text.encode())
+            stack(pictures, self.folder / "predictions.png")
 
     def report(self):
-        """Say the result, once the run is finished."""
-        result = self.folder / "result.txt"
+        """Say the result, once the run is finished, and how to look at it."""
+        result, folder = self.folder / "result.txt", self.folder
         say(result.read_text().rstrip() if result.exists() else f"finished; {result} has been removed")
+        say(f"The first images of val: {folder / 'predictions.png'}")
+        if folder.name.endswith("-hagseg"):
+            baseline = folder.with_name(folder.name.replace("hagseg", "supervised"))
+            say(f"Beside the baseline, once it is trained with --supervised:\npython evaluate.py "
+                f"{folder}/last.pth --beside {baseline}/last.pth --pictures {folder}/panels")
+
+
+def stop_signals():
+    """The signals that ask a run to stop, but for those that are ignored, as nohup ignores SIGHUP."""
+    if threading.current_thread() is not threading.main_thread():
+        return []  # only there can signals be handled
+    known = (getattr(signal, name, None) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"))
+    return [s for s in known if s and signal.getsignal(s) not in (signal.SIG_IGN, None)]
+
+
+@contextmanager
+def handlers_kept():
+    """Behind it, the stop signals are handled as they were before."""
+    handlers = {signum: signal.getsignal(signum) for signum in stop_signals()}
+    try:
+        yield
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+
+
+def lock(folder):
+    """Keep other runs out of a folder, as long as the file lives that is returned."""
+    file = open(folder / "lock", "w")  # noqa: SIM115, closed it would be no lock
+    try:
+        if fcntl:  # not flock: loader processes would inherit it, and outlive a killed run by seconds
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise InputError(f"--out {folder}: another live run writes there; give another --out") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        say(f"--out {folder}: its file system has no locks; let no other run write there")
+    return file
+
+
+@contextmanager
+def writing(path):
+    """Makes a RunError, which names the file and the remedy, of an OSError."""
+    try:
+        yield
+    except OSError as error:
+        remedy = "make room" if error.errno in FULL else "make it writable"
+        raise RunError(f"{path}: cannot be written ({error.strerror}); {remedy}, and the same command "
+                       f"resumes from the last checkpoint") from None
+
+
+def write_whole(path, content):
+    """Write bytes to a temporary file and move it, so that `path` is always whole."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def changes(old, new):
+    """What of a run's settings may not differ on resuming, but does: `name old -> new`, ..."""
+    same = set(FREE)
+    if old.get("default_amp") and new["default_amp"]:
+        same.add("amp")
+    if new["epochs"] and new["epochs"] == old.get("epochs"):
+        same.add("iters")  # fewer images left may make fewer iterations, but the run keeps its own
+    return [f"{name} {old.get(name, False)} -> {value}" for name, value in new.items()
+            if name not in same and old.get(name, False) != value]
+
+
+def scalar_event(values, step):
+    """A record of TensorBoard's file format, with named values; b"" without TensorBoard. (Its own
+    SummaryWriter writes in a thread, which nobody can stop from failing on a full disk.)"""
+    try:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+    except Exception:  # not installed, or not in one piece
+        return b""
+    buffer = io.BytesIO()
+    summary = Summary(value=[Summary.Value(tag=tag, simple_value=v) for tag, v in values.items()])
+    RecordWriter(buffer).write(Event(wall_time=time.time(), step=step, summary=summary).SerializeToString())
+    return buffer.getvalue()

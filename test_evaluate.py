@@ -1,6 +1,7 @@
 """Mean IoU, sliding windows, pictures."""
 
 import multiprocessing
+import re
 
 import numpy as np
 import pytest
@@ -8,12 +9,13 @@ import torch
 from PIL import Image
 
 import evaluate
-from data import InputError, SegmentationData, Shapes, normalize
+from data import InputError, SegmentationData, Shapes, normalize, picture_to_tensor
 from evaluate import (
     colourize,
     confidence_map,
     confusion_matrix,
     load_checkpoint,
+    load_model,
     mean_iou,
     panel,
     predict,
@@ -21,6 +23,13 @@ from evaluate import (
     window_starts,
 )
 from model import DeepLabV3Plus
+from test_data import custom, save
+from test_train import launch
+
+STATE = {"settings": {"window": None, "image_size": None, "amp": False, "tau": 0.6,
+                      "ignore_background": False, "backbone": "resnet18", "output_stride": 16,
+                      "channels": 16, "aux": False},
+         "classes": ["dark", "bright"], "palette": [(0, 0, 0), (255, 0, 0)]}
 
 
 def test_mean_iou_of_a_2x2_image():
@@ -159,6 +168,31 @@ def test_evaluate_counts_every_pixel_once_and_keeps_the_networks_mode(tmp_path):
     assert mean_iou(confusion)[0] == 1 and network.training
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_one_loader_serves_every_validation_of_a_run(tmp_path, workers):
+    data = tiny_data(tmp_path)
+    images, loaders = evaluate.validation_images(data, workers, endless=True), set()
+    for _ in range(3):
+        confusion, = evaluate.evaluate([Truth()], data, torch.device("cpu"), images=images)
+        assert confusion.diagonal().sum() == sum(10 * (8 + i) for i in range(5))
+        loaders |= {process.pid for process in multiprocessing.active_children()}
+    assert len(loaders) == workers
+    images.close()
+    assert not multiprocessing.active_children()
+
+
+def test_evaluation_asks_before_each_image_whether_to_go_on(tmp_path):
+    asked = []
+
+    def check():
+        asked.append(True)
+        if len(asked) == 3:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        evaluate.evaluate([Truth()], tiny_data(tmp_path), torch.device("cpu"), check=check)
+
+
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_every_image_counts_once_on_any_number_of_ranks(tmp_path, monkeypatch, world):
     # Five images on 2, 3 or 4 ranks: the ranks' own matrices must add up to the whole.
@@ -187,9 +221,78 @@ def test_a_truncated_validation_image_is_named(tmp_path, workers):
     data = tiny_data(tmp_path)
     path = tmp_path / "im2.bmp"
     path.write_bytes(path.read_bytes()[:100])
+    images = evaluate.validation_images(data, workers)
     with pytest.raises(InputError, match=r"^\S*im2.bmp: cannot be read \(.*$") as error:
-        evaluate.evaluate([Brightness()], data, torch.device("cpu"), workers=workers)
+        evaluate.evaluate([Brightness()], data, torch.device("cpu"), images=images)
     assert "\n" not in str(error.value) and not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("ranks", [None, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_list_of_other_images_is_evaluated(tmp_path, capsys, ranks):
+    # Six masked images, of which im4 and im5 are for validation; im8 is a test image of its own.
+    root, path = custom(tmp_path / "data"), checkpoint(tmp_path / "best.pth", ["sky", "road"],
+                                                       dataset="custom", data_root=str(tmp_path / "data"))
+    save(root / "SegmentationClass" / "im8.png", np.zeros((12, 16)))
+    (tmp_path / "test.txt").write_text("# a comment\nJPEGImages/im8.jpg SegmentationClass/im8.png\n")
+    arguments = [path, "--list", tmp_path / "test.txt", "--pictures", tmp_path / "pictures"]
+    if ranks:
+        result = launch(*arguments, ranks=ranks, script="evaluate.py")
+        assert result.returncode == 0, result.stderr
+        table = result.stdout
+    else:
+        evaluate.main([str(argument) for argument in arguments])
+        table = capsys.readouterr().out
+    assert [file.name for file in (tmp_path / "pictures").iterdir()] == ["im8.png"]
+    # The mask is all sky: its IoU is the share of sky in the prediction.
+    network, _ = load_model(path)
+    image = picture_to_tensor(Image.open(root / "JPEGImages/im8.jpg"))
+    with torch.inference_mode():
+        sky = (predict(network, image) == 0).float().mean().item()
+    assert re.search(r"sky +(\S+)", table)[1] == f"{100 * sky:.2f}"
+
+
+@pytest.mark.parametrize("text, message", [
+    ("im0\nim9\nx\n", "list.txt: 2 ids have no image with a mask under --data-root: im9, x; take them off"),
+    ("# none\n", "list.txt: is empty; write an id a line"), (None, "list.txt: no such file"),
+    ("im0\nim0\n", "list.txt: ids listed twice: im0")])
+def test_a_list_that_cannot_be_evaluated_gets_one_line(tmp_path, capsys, text, message):
+    root = custom(tmp_path / "data")
+    path = checkpoint(tmp_path / "best.pth", ["sky", "road"], dataset="custom", data_root=str(root))
+    if text is not None:
+        (tmp_path / "list.txt").write_text(text)
+    with pytest.raises(SystemExit) as end:
+        evaluate.main([str(path), "--list", str(tmp_path / "list.txt")])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and message in error and len(error.splitlines()) == 1
+
+
+def test_images_that_training_had_the_masks_of_are_said(tmp_path, capsys):
+    root = custom(tmp_path / "data")
+    path = checkpoint(tmp_path / "best.pth", ["sky", "road"], dataset="custom", data_root=str(root))
+    torch.save(torch.load(path, weights_only=True) | {"lists": {"labelled": ["im0", "im1"]}}, path)
+    (tmp_path / "list.txt").write_text("im1\nim4\n")
+    evaluate.main([str(path), "--list", str(tmp_path / "list.txt")])
+    assert "1 of the 2 listed images were labelled in training: im1" in capsys.readouterr().out
+
+
+def test_pictures_that_cannot_be_written_name_the_flag(tmp_path, capsys):
+    path = checkpoint(tmp_path / "best.pth", ["sky", "road"], dataset="custom",
+                      data_root=str(custom(tmp_path / "data")))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as end:
+        evaluate.main([str(path), "--pictures", str(tmp_path / "file")])
+    assert end.value.code == 2 and "--pictures" in capsys.readouterr().err
+
+
+def checkpoint(path, classes=("dark", "bright"), **settings):
+    """A checkpoint of two networks that differ, as train.py writes it."""
+    torch.manual_seed(0)
+    student = DeepLabV3Plus(len(classes), "resnet18", channels=16).state_dict()
+    student["decoder.2.bias"][0] += 0.2  # so that both classes occur
+    teacher = student | {"decoder.2.weight": student["decoder.2.weight"] * 1.2}
+    torch.save(STATE | {"student": student, "teacher": teacher, "classes": list(classes),
+                        "settings": STATE["settings"] | settings}, path)
+    return path
 
 
 def test_checkpoints_that_are_none(tmp_path):

@@ -50,11 +50,11 @@ def voc(root):
     return root
 
 
-def test_every_cell_of_the_papers_tables_is_a_command_of_its_protocol(tmp_path):
-    printed = tables("--rows", "table1", "table2", "table3", "voc_table4", "--ranks", 8, "--dry-run",
-                     "--data-root", "some where", "--out", tmp_path / "runs")
-    assert printed.returncode == 0, printed.stderr
-    commands = [shlex.split(line) for line in printed.stdout.splitlines()]
+def test_every_cell_of_the_papers_tables_is_a_command_of_its_protocol(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    evidence.main(["--rows", "table1", "table2", "table3", "voc_table4", "--ranks", "8", "--dry-run",
+                   "--data-root", "some where", "--out", str(tmp_path / "runs")])
+    commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
     assert len(commands) == 6 * 3 + 3 * 5 + 3 * 4 + 9 == len({command[-3] for command in commands})
     assert not list(tmp_path.iterdir())
     cells = set()
@@ -161,11 +161,12 @@ def test_ctrl_c_stops_the_run_and_those_behind_it_and_the_same_command_resumes(t
     assert (tmp_path / "tau_0.5-1" / "metrics.jsonl").read_text().startswith(lines)
 
 
-def test_unknown_rows_and_bad_flags_are_refused_before_anything_runs(tmp_path):
-    unknown = tables("--rows", "tau", "--only", "tau 2", "--out", tmp_path / "runs")
-    assert unknown.returncode == 2 and "'tau 0.5'" in unknown.stderr
-    bad = tables("--rows", "tau", "--out", tmp_path / "runs", "--", "--tauu", 1)
-    assert bad.returncode == 2 and "--tauu" in bad.stderr and not list(tmp_path.iterdir())
+@pytest.mark.parametrize("arguments, told", [
+    (["--only", "tau 2"], "'tau 0.5'"), (["--", "--tauu", "1"], "--tauu"), (["--", "--tau", "2"], "--tau 2")])
+def test_unknown_rows_and_bad_flags_are_refused_before_anything_runs(arguments, told, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        evidence.main(["--rows", "tau", "--out", str(tmp_path / "runs"), *arguments])
+    assert stopped.value.code == 2 and told in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -11,14 +11,8 @@ from PIL import Image
 import predict
 from data import normalize
 from hardness import instance_hardness
-from model import DeepLabV3Plus
 from predict import photograph_hardness, predict_files
-from test_evaluate import Brightness, Corner
-
-STATE = {"settings": {"window": None, "image_size": None, "amp": False, "tau": 0.6,
-                      "ignore_background": False, "backbone": "resnet18", "output_stride": 16,
-                      "channels": 16, "aux": False},
-         "classes": ["dark", "bright"], "palette": [(0, 0, 0), (255, 0, 0)]}
+from test_evaluate import STATE, Brightness, Corner, checkpoint
 
 
 def test_predict_files_writes_maps_at_the_photographs_own_upright_size(tmp_path, capsys):
@@ -48,17 +42,58 @@ def orientation(value):
 
 
 def test_predict_files_never_overwrites_a_photograph_or_another_result(tmp_path, capsys):
-    (tmp_path / "a").mkdir()
-    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
-    Image.new("RGB", (8, 8)).save(tmp_path / "a" / "x.png")
-    before = (tmp_path / "x.png").read_bytes()
     device = torch.device("cpu")
-    assert predict_files(Brightness(), STATE, [tmp_path / "x.png"], tmp_path, device) == 1
-    assert (tmp_path / "x.png").read_bytes() == before
-    both = [tmp_path / "x.png", tmp_path / "a" / "x.png"]
-    assert predict_files(Brightness(), STATE, both, tmp_path / "out", device) == 1
-    assert "rename it, or predict it alone with another --out" in capsys.readouterr().err
-    assert predict_files(Brightness(), STATE, both[1:], tmp_path / "out2", device) == 0
+    (tmp_path / "a").mkdir()
+    one, two = tmp_path / "x.png", tmp_path / "a" / "x.png"
+    Image.new("RGB", (8, 8)).save(one)
+    Image.new("RGB", (8, 8), "white").save(two)
+    before = one.read_bytes()
+    assert predict_files(Brightness(), STATE, [one], tmp_path, device) == 1
+    assert one.read_bytes() == before
+    assert "x.png: its result would overwrite a photograph; give another --out" in capsys.readouterr().err
+    assert predict_files(Brightness(), STATE, [one, two], tmp_path / "out", device) == 1
+    assert f"{two}: its result would overwrite that of {one}; predict it by itself, with another --out" in (
+        capsys.readouterr().err)
+    assert predict_files(Brightness(), STATE, [two], tmp_path / "other", device) == 0
+    for folder, label in (("out", 0), ("other", 1)):
+        assert (np.array(Image.open(tmp_path / folder / "x.png")) == label).all()
+
+
+def test_hidden_files_and_folders_are_left_out_and_no_file_is_taken_twice(tmp_path, capsys):
+    (tmp_path / ".thumbnails.jpg").mkdir()
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "._x.jpg").write_bytes(b"as macOS leaves it on other disks")
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.JPG")
+    paths = [tmp_path, tmp_path / "x.JPG"]
+    assert predict_files(Brightness(), STATE, paths, tmp_path / "out", torch.device("cpu")) == 0
+    assert "1/1 photographs, 0 skipped" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("paths, out, message", [
+    (["x.png"], "x.png/sub", "sub: cannot be written (Not a directory); give another --out"),
+    (["x.png", "empty"], "out", "empty: no photograph in it; what is read is .bmp .j"),
+    (["x.png", "absent"], "out", "absent: no such file or folder")])
+def test_what_cannot_be_predicted_gets_one_line(tmp_path, capsys, paths, out, message):
+    Image.new("RGB", (40, 40)).save(tmp_path / "x.png")
+    (tmp_path / "empty").mkdir()
+    argv = [checkpoint(tmp_path / "best.pth"), *(tmp_path / path for path in paths), "--out", tmp_path / out]
+    with pytest.raises(SystemExit) as end:
+        predict.main([str(a) for a in argv])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and message in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_not_the_photographs_fault(tmp_path, capsys):
+    Image.new("RGB", (40, 40)).save(tmp_path / "x.jpg")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "x.png").symlink_to("/dev/full")
+    with pytest.raises(SystemExit) as end:
+        predict.main([str(a) for a in (checkpoint(tmp_path / "best.pth"), tmp_path / "x.jpg", "--out",
+                                       tmp_path / "out")])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and "(No space left on device); give another --out" in error
+    assert "x.jpg" not in error and len(error.splitlines()) == 1
 
 
 @pytest.mark.parametrize("ignore_background", [False, True])
@@ -77,17 +112,6 @@ def test_the_hardness_of_a_photograph_is_eq_7(ignore_background):
     # In windows and shrunk, as --image-size has it: teacher and student alike are certain and agree.
     state["settings"] |= {"window": 8, "image_size": 20, "tau": 0.0, "ignore_background": False}
     assert photograph_hardness(student, student, image, state) == (0, 1, 1)
-
-
-def checkpoint(path, classes=("dark", "bright"), **settings):
-    """A checkpoint of two networks that differ, as train.py writes it."""
-    torch.manual_seed(0)
-    student = DeepLabV3Plus(len(classes), "resnet18", channels=16).state_dict()
-    student["decoder.2.bias"][0] += 0.2  # so that both classes occur
-    teacher = student | {"decoder.2.weight": student["decoder.2.weight"] * 1.2}
-    torch.save(STATE | {"student": student, "teacher": teacher, "classes": list(classes),
-                        "settings": STATE["settings"] | settings}, path)
-    return path
 
 
 def test_the_hardest_photographs_are_named_and_names_with_commas_survive(tmp_path, capsys):

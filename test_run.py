@@ -1,5 +1,8 @@
 """A run's folder: the real command whole, killed, stopped, resumed, refused."""
 
+import ast
+import errno
+import io
 import json
 import multiprocessing
 import os
@@ -7,15 +10,23 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
 
+import data
+import evaluate
 import train
 from run import METRICS
 from test_data import custom, save
@@ -35,7 +46,7 @@ def test_the_command_trains_validates_and_leaves_its_results(finished):
     out, result = finished
     assert {p.name for p in out.iterdir() if p.is_file()} == {
         "best.pth", "hardness.csv", "labelled.txt", "last.pth", "lock", "metrics.jsonl",
-        "predictions.png", "result.txt", "settings.json", "unlabelled.txt"}
+        "predictions.png", "result.txt", "settings.json", "unlabelled.txt", "val.txt"}
     records = lines(out)
     assert [r["iteration"] for r in records] == [2, 4, 6, 6]
     assert set(METRICS) <= records[0].keys() and {"miou_teacher", "miou_student"} <= records[-1].keys()
@@ -50,6 +61,7 @@ def test_the_command_trains_validates_and_leaves_its_results(finished):
     assert json.loads((out / "settings.json").read_text())["tau"] == 0.3
 
 
+@pytest.mark.slow
 def test_evaluate_repeats_the_result_from_the_checkpoint_alone(finished, tmp_path):
     out, result = finished
     moved = shutil.copy(out / "last.pth", tmp_path / "given-away.pth")
@@ -71,99 +83,330 @@ def test_the_same_command_again_reports_the_finished_run(finished):
     assert (out / "last.pth").stat().st_mtime_ns == before
 
 
-def run_main(argv):
-    # Loader processes are forked; a forkserver of this process's own would import torch once more.
+class Small(nn.Module):
+    """Two convolutions and a BatchNorm in place of DeepLabV3+, whose checkpoints have 130 megabytes."""
+    def __init__(self, num_classes, *_, **__):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU())
+        self.head = nn.Conv2d(8, num_classes, 1)
+
+    def forward(self, images):
+        return F.interpolate(self.head(self.encoder(images)), images.shape[-2:], mode="bilinear")
+
+    def encoder_parameters(self):
+        return self.encoder.parameters()
+
+
+def shrink(patch):
+    """A small network, and the embedded data set with an epoch of 6 iterations and 5 validation images."""
+    patch.setattr(train, "DeepLabV3Plus", Small)
+    patch.setattr(data.Shapes, "TRAIN", 24)
+    patch.setattr(data.Shapes, "VAL", 5)
+
+
+def rank_main(argv, moment):
+    """train.main as one rank. At the moment (what, count, signal) it sends itself the signal: in a step
+    of that iteration, or while it predicts that many images for a validation."""
+    # Loader processes of one rank are forked; a forkserver of this process's own would import torch anew.
     multiprocessing.set_start_method("fork", force=True)
     torch.set_num_threads(1)
     os.setpgrp()
+    shrink(pytest.MonkeyPatch())
+    what, count, signum = moment or ("", 0, 0)
+    seen = iter(range(1, 10 ** 6))
+    if what == "ignored":
+        signal.signal(signum, signal.SIG_IGN)
+    step, predict = train.train_step, evaluate.predict
+
+    def watched_step(*args):
+        if (what, count) in (("step", args[4]), ("ignored", args[4])):
+            os.kill(os.getpid(), signum)
+        return step(*args)
+
+    def watched_predict(*args):
+        if what == "image" and next(seen) == count:
+            os.kill(os.getpid(), signum)
+        time.sleep(0.01)  # so that a validation takes a good part of the run
+        return predict(*args)
+
+    train.train_step, evaluate.predict = watched_step, watched_predict
     train.main(argv)
 
 
-def start(argv):
-    """train.main in a process of its own, forked from one that has imported torch already."""
+def start(argv, ranks=1, moments=()):
+    """Ranks of train.main, forked from a process that has imported torch already. moments: rank -> moment."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train"])
-    process = context.Process(target=run_main, args=([str(a) for a in argv],))
-    process.start()
-    return process
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    processes = []
+    for rank in range(ranks):
+        environment = address | {"RANK": str(rank), "WORLD_SIZE": str(ranks)}
+        processes.append(context.Process(target=with_environment, args=(
+            environment, [str(a) for a in argv], dict(moments).get(rank))))
+        processes[-1].start()
+    return processes
 
 
-def state_of(out):
+def with_environment(environment, argv, moment):
+    os.environ |= environment
+    rank_main(argv, moment)
+
+
+def exit_codes(processes, timeout=120):
+    deadline = time.monotonic() + timeout
+    for process in processes:
+        process.join(max(0, deadline - time.monotonic()))
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return codes
+
+
+def contents(out):
+    """What two equal runs have in common: name -> tensor or plain value."""
     state = torch.load(out / "last.pth", weights_only=True)
-    tensors = {f"{part}.{name}": t for part in ("student", "teacher") for name, t in state[part].items()}
-    tensors |= {f"momentum.{i}": s["momentum_buffer"] for i, s in state["optimizer"]["state"].items()}
-    return tensors | {"best": torch.tensor(state["best"]["miou"])}
+    found = {f"{part}.{name}": t for part in ("student", "teacher") for name, t in state[part].items()}
+    found |= {f"momentum.{i}": s["momentum_buffer"] for i, s in state["optimizer"]["state"].items()}
+    best = torch.load(out / "best.pth", weights_only=True)
+    found |= {f"best.{name}": t for name, t in best["teacher"].items()} | {"best": state["best"]}
+    for log in ("hardness.csv", "result.txt"):
+        found[log] = (out / log).read_text() if (out / log).exists() else None
+    found["metrics"] = [{k: v for k, v in json.loads(line).items() if k != "images_per_second"}
+                        for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return found | {"tensorboard": scalars(out)}
 
 
-@pytest.mark.parametrize("flags", [[], ["--supervised"], ["--workers", "2"],
-                                   ["--supervised", "--workers", "2"]])
-def test_a_run_killed_at_random_moments_ends_in_the_same_bits(tmp_path, flags):
-    # Every other iteration is saved, so about half of the kills hit a checkpoint being written.
-    arguments = [*TINY, "--iters", 20, "--checkpoint-every", 2, "--log-every", 3, *flags]
-    whole = start([*arguments, "--out", tmp_path / "whole"])
-    rng, kills = random.Random(str(flags)), 0
-    out = tmp_path / "killed"
-    while kills < 10:
-        process = start([*arguments, "--out", out])
-        process.join(rng.uniform(0.5, 1.6))
-        if process.exitcode == 0:  # finished too early: begin again
-            shutil.rmtree(out)
-            continue
-        os.kill(process.pid, signal.SIGKILL)
+def scalars(out):
+    """What TensorBoard reads: name -> [(step, value), ...]."""
+    try:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    except ImportError:
+        return {}
+    events = EventAccumulator(str(out / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+            if tag != "images_per_second"}
+
+
+def assert_same_run(one, other):
+    one, other = contents(one), contents(other)
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert value.equal(other[name]) if torch.is_tensor(value) else value == other[name], name
+
+
+SHORT = [*TINY, "--iters", 12, "--eval-every", 1, "--log-every", 4]  # validations after 6 and 12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_stopped_anywhere_also_while_it_validates_ends_in_the_same_bits(tmp_path, ranks):
+    whole, out, last = start([*SHORT, "--out", tmp_path / "whole"], ranks), tmp_path / "out", ranks - 1
+    # With two ranks, rank 0 has 3 images to validate on, and rank 1 two.
+    images = -(-5 // ranks)
+    for rank, moment, saved, due in [
+            (0, ("step", 3, signal.SIGTERM), 4, False),
+            (last, ("image", 1, signal.SIGUSR1), 6, True),
+            (0, ("image", 2, signal.SIGHUP), 6, True),  # the validation that is made up
+            (0, ("image", images + 2, signal.SIGINT), 12, True)]:  # the last one, of two networks
+        assert exit_codes(start([*SHORT, "--out", out], ranks, {rank: moment})) == [1] * ranks
+        state = torch.load(out / "last.pth", weights_only=True)
+        assert (state["iteration"], state["validation_due"]) == (saved, due)
+    assert exit_codes(start([*SHORT, "--out", out], ranks)) == [0] * ranks
+    assert exit_codes(whole) == [0] * ranks
+    assert_same_run(tmp_path / "whole", out)
+    assert [r["iteration"] for r in lines(out)] == [4, 6, 8, 12, 12]
+
+
+def test_a_hangup_that_is_ignored_stays_ignored(tmp_path):  # as under nohup
+    moments = {0: ("ignored", 1, signal.SIGHUP)}
+    assert exit_codes(start([*TINY, "--iters", 2, "--out", tmp_path / "out"], moments=moments)) == [0]
+
+
+def kill_randomly(processes, rng):
+    """-9 for all ranks, or for one, or a signal to one. Returns whether the run had ended before."""
+    if all(process.exitcode == 0 for process in processes):
+        return False
+    chosen = rng.choice(processes)
+    for process in processes if rng.random() < 0.3 else [chosen]:
+        process.join(0)
+        if process.exitcode is None:
+            os.kill(process.pid, rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1]))
+    # A rank that was killed cannot tell the others, so torchrun does; here it is done for it.
+    deadline = time.monotonic() + 20
+    while all(process.exitcode in (None, 1) for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.05)
+        if all(process.exitcode == 1 for process in processes):
+            return True
+    for process in processes:
+        process.kill()
         process.join()
-        kills += 1
-    process = start([*arguments, "--out", out])
-    for finishing in (whole, process):
-        finishing.join(120)
-        assert finishing.exitcode == 0
-    expected, found = state_of(tmp_path / "whole"), state_of(out)
-    assert expected.keys() == found.keys()
-    assert all(expected[name].equal(found[name]) for name in expected)
-    assert lines(out) == lines(tmp_path / "whole")
-    if not any("supervised" in flag for flag in flags):
-        assert (out / "hardness.csv").read_text() == (tmp_path / "whole" / "hardness.csv").read_text()
+    return True
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("ranks", [None, 2])
-def test_a_signal_saves_and_says_how_to_resume(tmp_path, signum, ranks):
-    # The whole process group gets it, as with Ctrl-C: torchrun, the ranks and their loaders.
-    out = tmp_path / "out"
-    starter = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if ranks else []
-    process = subprocess.Popen([sys.executable, *starter, str(HERE / "train.py"), *TINY, "--iters",
-                                "500", "--workers", "1", "--out", str(out)], stderr=subprocess.PIPE,
-                               text=True, cwd=HERE, stdout=subprocess.DEVNULL, start_new_session=True,
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks, flags", [(1, ""), (1, "--workers 2"), (2, ""), (2, "--workers 2"),
+                                          (1, "--supervised --workers 2")])
+def test_a_run_killed_at_random_moments_ends_in_the_same_bits(tmp_path, ranks, flags):
+    # Every other iteration is saved, and every sixth validated, so the kills hit either at work.
+    arguments = [*SHORT, "--iters", 30, "--checkpoint-every", 2, *flags.split()]
+    began = time.monotonic()
+    assert exit_codes(start([*arguments, "--out", tmp_path / "whole"], ranks)) == [0] * ranks
+    seconds = time.monotonic() - began
+    rng, kills, out = random.Random(f"{ranks} {flags}"), 0, tmp_path / "killed"
+    while kills < 10:
+        processes = start([*arguments, "--out", out], ranks)
+        time.sleep(rng.uniform(0.3, 1) * seconds)
+        if kill_randomly(processes, rng):
+            kills += 1
+        else:
+            assert_same_run(tmp_path / "whole", out)
+            shutil.rmtree(out)  # finished: begin again
+    assert exit_codes(start([*arguments, "--out", out], ranks)) == [0] * ranks
+    assert_same_run(tmp_path / "whole", out)
+
+
+def started(out, *flags, ranks=None):
+    """The real command, in a process group of its own, once it trains."""
+    starter = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
+    process = subprocess.Popen([sys.executable, *starter, str(HERE / "train.py"), *map(str, flags), "--out",
+                                str(out)], stderr=subprocess.PIPE, text=True, cwd=HERE,
+                               stdout=subprocess.DEVNULL, start_new_session=True,
                                env=os.environ | {"OMP_NUM_THREADS": "1"})
     while not (out / "metrics.jsonl").exists():
         time.sleep(0.1)
         assert process.poll() is None
-    os.killpg(process.pid, signum)
-    _, errors = process.communicate(timeout=60)
+    return process
+
+
+def alive(out):
+    """The processes that write to a folder."""
+    found = []
+    for line in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if str(out).encode() in line.read_bytes():
+                found.append(line)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks, group, signum", [
+    (None, True, signal.SIGINT), (2, True, signal.SIGINT), (2, False, signal.SIGTERM),
+    (2, False, signal.SIGUSR1)])
+def test_a_signal_saves_says_how_to_resume_and_leaves_no_rank_alone(tmp_path, ranks, group, signum):
+    # Ctrl-C reaches the whole process group: torchrun, the ranks and their loaders. A scheduler may
+    # tell torchrun alone, which passes SIGTERM on, and dies of SIGUSR1.
+    out = tmp_path / "out"
+    process = started(out, *TINY, "--iters", 500, "--workers", 1, ranks=ranks)
+    (os.killpg if group else os.kill)(process.pid, signum)
+    _, errors = process.communicate(timeout=100)
     assert process.returncode != 0
     said = [line for line in errors.splitlines() if line.startswith("train.py: ")]
     assert len(said) == 1 and "the same command resumes it" in said[0] and "leaked" not in errors
     iteration = torch.load(out / "last.pth", weights_only=True)["iteration"]
     assert f"saved iteration {iteration}" in said[0]
+    deadline = time.monotonic() + 30
+    while alive(out) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not alive(out)
 
 
-def test_a_full_disk_ends_the_run_with_one_line_and_keeps_the_checkpoint(tmp_path):
-    out = tmp_path / "out"
-    assert launch(*TINY, "--iters", 4, "--checkpoint-every", 2, "--out", out).returncode == 0
-    state = torch.load(out / "last.pth", weights_only=True)
+def stop_handlers():
+    return [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP,
+                                          signal.SIGCHLD)]
+
+
+def test_signals_are_handled_as_before_once_main_returns_or_raises(tmp_path, small, monkeypatch):
+    before, during = stop_handlers(), []
+    step = train.train_step
+    monkeypatch.setattr(train, "train_step", lambda *a: (during.append(stop_handlers()), step(*a))[1])
+    flags = [*TINY, "--iters", "1", "--workers", "1", "--out"]
+    train.main([*flags, str(tmp_path / "out")])
+    assert stop_handlers() == before and during[0] != before
+    with pytest.raises(SystemExit):
+        train.main([*flags, str(tmp_path / "other"), "--lr", "1e30", "--iters", "3"])
+    assert stop_handlers() == before
+
+
+@pytest.fixture
+def small(monkeypatch):
+    shrink(monkeypatch)
+
+
+def run(*flags):
+    """train.main in this process: (exit code, stdout, stderr)."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            train.main([str(flag) for flag in flags])
+        except SystemExit as end:
+            code = end.code
+    return code, out.getvalue(), err.getvalue()
+
+
+def run_until(iteration, *flags):
+    """The same, stopped by a signal in that iteration."""
+    step = train.train_step
+
+    def watched(*args):
+        if args[4] == iteration:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "train_step", watched)
+        code, _, err = run(*flags)
+    assert code == 1 and f"stopped by a signal; saved iteration {iteration + 1}" in err, err
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of 8 iterations that nothing stopped."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        shrink(patch)
+        assert run(*EIGHT, "--out", out)[0] == 0
+    return out
+
+
+EIGHT = [*TINY, "--iters", 8, "--eval-every", 1]
+
+
+@pytest.mark.parametrize("name", ["last.pth.tmp", "best.pth.tmp", "result.txt.tmp", "predictions.png",
+                                  "metrics.jsonl", "hardness.csv", "tensorboard/events.out.tfevents.0"])
+def test_a_full_disk_ends_the_run_with_one_line_and_leaves_all_as_it_was(tmp_path, small, name):
+    if "tensorboard" in name:
+        pytest.importorskip("tensorboard")
+    out, file = tmp_path / "out", tmp_path / "out" / name
+    run_until(3, *EIGHT, "--out", out)
     before = (out / "last.pth").read_bytes()
-    (out / "settings.json").write_text((out / "settings.json").read_text().replace(
-        '"iters": 4', '"iters": 8'))
-    # /dev/full refuses every byte, as a full disk does.
-    (out / "last.pth.tmp").symlink_to("/dev/full")
-    result = launch(*TINY, "--iters", 8, "--checkpoint-every", 2, "--out", out)
-    assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert "No space left on device" in result.stderr and "last.pth" in result.stderr
-    assert (out / "last.pth").read_bytes() == before and state["iteration"] == 4
+    if file.exists():
+        file.rename(tmp_path / "kept")
+    file.symlink_to("/dev/full")  # which refuses every byte, as a full disk does
+    code, _, err = run(*EIGHT, "--out", out)
+    assert code == 1 and len(err.splitlines()) == 1 and "No space left on device" in err
+    assert "make room, and the same command resumes" in err and str(out) in err
+    assert (out / "last.pth").read_bytes() == before and not list(out.glob("*.tmp"))
+    file.unlink(missing_ok=True)
+    if (tmp_path / "kept").exists():
+        (tmp_path / "kept").rename(file)
+    assert run(*EIGHT, "--out", out)[0] == 0
+    assert run(*EIGHT, "--out", tmp_path / "whole")[0] == 0
+    assert_same_run(tmp_path / "whole", out)
 
 
+def test_a_disk_that_is_full_at_the_start_is_said(tmp_path, small):
+    (tmp_path / "settings.json.tmp").symlink_to("/dev/full")
+    code, _, err = run(*EIGHT, "--out", tmp_path)
+    assert code == 2 and len(err.splitlines()) == 1 and "No space left on device); make room" in err
+    assert run(*TINY, "--iters", 1, "--out", tmp_path)[0] == 0
+
+
+@pytest.mark.slow
 def test_two_live_runs_cannot_share_a_folder(tmp_path):
     out = tmp_path / "out"
-    process = start([*TINY, "--iters", 500, "--out", out])
+    process, = start([*TINY, "--iters", 500, "--out", out])
     while not (out / "metrics.jsonl").exists():
         time.sleep(0.1)
         assert process.is_alive()
@@ -173,28 +416,205 @@ def test_two_live_runs_cannot_share_a_folder(tmp_path):
     process.join()
 
 
-def test_a_folder_of_other_settings_is_refused_and_they_are_named(finished, capsys):
-    out, _ = finished
-    before = (out / "last.pth").read_bytes()
-    with pytest.raises(SystemExit) as end:
-        train.main([*TINY, "--iters", "6", "--out", str(out), "--tau", "0.4", "--seed", "1"])
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and "tau 0.3 -> 0.4" in error and "seed 0 -> 1" in error
-    assert (out / "last.pth").read_bytes() == before
+def test_what_cannot_change_a_results_meaning_may_differ_on_resuming(tmp_path, small):
+    out, lists = tmp_path / "out", tmp_path / "list.txt"
+    run_until(2, *EIGHT, "--out", out)
+    lists.write_text((out / "labelled.txt").read_text())
+    code, said, err = run(*EIGHT, "--out", out, "--accumulate", 2, "--log-every", 3, "--eval-every", 2,
+                          "--workers", 1, "--checkpoint-every", 1, "--split", lists)
+    assert code == 0 and "resumes at iteration 3 of 8" in said and "holds a run" not in err
+    assert [r["iteration"] for r in lines(out)] == [2, 6, 8, 8]
+    with pytest.MonkeyPatch.context() as patch:  # each line holds the mean since the line before
+        patch.setattr(train, "train_step", constant_step)
+        run_until(2, *EIGHT, "--out", tmp_path / "other")
+        assert run(*EIGHT, "--log-every", 3, "--out", tmp_path / "other")[0] == 0
+    losses = {r["iteration"]: r["loss"] for r in lines(tmp_path / "other") if "loss" in r}
+    assert losses == {2: 0.5, 6: 3.5, 8: 6.5}
 
 
-@pytest.mark.parametrize("change", [{"classes": ["a"] * 5}, {"optimizer": None}, {"student": {}}])
-def test_another_runs_checkpoint_is_refused_and_the_logs_are_kept(finished, tmp_path, capsys, change):
+def constant_step(student, teacher, optimizer, batch, iteration, args):
+    """A step that measures its own iteration."""
+    return torch.full((len(METRICS),), float(iteration)), torch.zeros(args.batch_size)
+
+
+@pytest.mark.parametrize("flags, change", [
+    ("--tau 0.4 --seed 1", "tau 0.3 -> 0.4, seed 0 -> 1"), ("--iters 9", "iters 8 -> 9"),
+    ("--amp", "amp False -> True"), ("--split 1_8", "more labelled images"),
+    ("--supervised", "supervised False -> True")])
+def test_a_folder_of_other_settings_is_refused_and_they_are_named(whole, small, flags, change):
+    before = {file: file.read_bytes() for file in whole.iterdir() if file.is_file()}
+    code, _, err = run(*EIGHT, "--out", whole, *flags.split())
+    assert code == 2 and change in err and "give another --out" in err and len(err.splitlines()) == 1
+    assert before == {file: file.read_bytes() for file in before}
+
+
+def test_amps_default_may_differ_on_another_device(tmp_path, small, monkeypatch):
+    flags = [flag for flag in EIGHT if flag != "--no-amp"]
+    parse = train.parse_arguments
+
+    def on_a_gpu(argv):
+        args = parse(argv)
+        args.amp = args.amp or args.default_amp
+        return args
+
+    monkeypatch.setattr(train, "parse_arguments", on_a_gpu)
+    run_until(2, *flags, "--out", tmp_path / "out")
+    monkeypatch.setattr(train, "parse_arguments", parse)
+    code, said, _ = run(*flags, "--out", tmp_path / "out")
+    assert code == 0 and "resumes without bf16 autocast, the default here" in said
+    code, _, err = run(*flags, "--out", tmp_path / "out", "--amp")
+    assert code == 2 and "amp False -> True" in err
+
+
+def test_a_loss_that_is_not_finite_saves_nothing_and_its_remedies_work(tmp_path, small):
+    flags, out = [*EIGHT, "--lr", "1e30", "--out"], tmp_path / "out"
+    code, _, err = run(*flags, out)
+    assert code == 1 and len(err.splitlines()) == 1 and not (out / "last.pth").exists()
+    assert re.search(r"L_x.* is not finite in iteration \d+, with the labelled images train_\d+", err)
+    assert "give a lower --lr and another --out" in err
+    assert run(*flags, tmp_path / "another", "--lr", "0.01")[0] == 0
+    # A folder without a checkpoint takes other settings, and nothing of the old ones stays.
+    assert run(*flags, out, "--lr", "0.01")[0] == 0
+    assert_same_run(tmp_path / "another", out)
+    for name in ("settings.json", "labelled.txt", "unlabelled.txt", "val.txt"):
+        old, new = ((folder / name).read_text() for folder in (tmp_path / "another", out))
+        assert old.replace("another", "out") == new
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, small, monkeypatch):
+    def step(student, *rest):
+        next(student.parameters()).data.fill_(float("nan"))
+        return constant_step(student, *rest)
+
+    monkeypatch.setattr(train, "train_step", step)
+    code, _, err = run(*TINY, "--iters", 1, "--out", tmp_path / "out")
+    assert code == 1 and "not finite after iteration 1; best.pth is untouched" in err
+    assert not list((tmp_path / "out").glob("*.pth*"))
+
+
+def test_a_photograph_that_can_only_be_removed_does_not_cost_the_run(tmp_path, small):
+    root, out = custom(tmp_path / "data", images=24, masks=8), tmp_path / "out"
+    flags = ["--dataset", "custom", "--data-root", root, *TINY, "--epochs", 4, "--out", out]
+    run_until(5, *flags)  # of 16 iterations
+    for stem in ("im7", "im9", "im10", "im11", "im12", "im13"):
+        (root / "JPEGImages" / f"{stem}.jpg").unlink()
+    (root / "SegmentationClass" / "im7.png").unlink()
+    (root / "ImageSets/Segmentation/val.txt").write_text("im6\n")
+    code, said, err = run(*flags)
+    assert code == 0, err
+    assert ("5 unlabelled images are gone (im10, im11, im12 and 2 more): from iteration 6 on, batches are "
+            "drawn from the 11 that are left") in said
+    assert "1 val images are gone (im7): from iteration 6 on, mIoU is that of the 1 that are left" in said
+    assert lines(out)[-1]["iteration"] == 16  # as long a run as before
+    drawn = [row.split(",")[:2] for row in (out / "hardness.csv").read_text().splitlines()]
+    kept = {f"im{i}" for i in (8, *range(14, 24))}
+    assert {name for iteration, name in drawn if int(iteration) >= 6} == kept
+    assert set((out / "unlabelled.txt").read_text().split()) == kept
+    save(root / "JPEGImages" / "im30.jpg", np.zeros((12, 16, 3)))
+    code, _, err = run(*flags)
+    assert code == 2 and "1 more unlabelled images" in err and "give another --out" in err
+
+
+def test_lists_that_are_drawn_anew_can_be_kept(tmp_path, small):
+    # Without val.txt, removing a labelled image draws other validation images.
+    root, out = custom(tmp_path / "data", images=14, masks=10, val=0), tmp_path / "out"
+    flags = ["--dataset", "custom", "--data-root", root, *TINY, "--iters", 4, "--out", out]
+    run_until(1, *flags)
+    (root / "JPEGImages" / "im1.jpg").unlink()
+    (root / "SegmentationClass" / "im1.png").unlink()
+    code, _, err = run(*flags)
+    assert code == 2 and "more val images" in err and f"--split {out}/labelled.txt" in err
+    (root / "ImageSets/Segmentation").mkdir(parents=True)
+    shutil.copy(out / "val.txt", root / "ImageSets/Segmentation/")
+    labelled = (out / "labelled.txt").read_text()
+    (out / "labelled.txt").write_text(labelled.replace("im1\n", ""))
+    code, said, err = run(*flags, "--split", out / "labelled.txt")
+    assert code == 0 and "1 labelled images are gone (im1): from iteration 2 on" in said, err
+
+
+def test_best_pth_in_place_of_last_pth_gets_a_line_of_its_own(whole, small, tmp_path):
     out = tmp_path / "out"
-    shutil.copytree(finished[0], out)
+    shutil.copytree(whole, out)
+    shutil.copy(out / "best.pth", out / "last.pth")
+    code, _, err = run(*EIGHT, "--out", out)
+    assert code == 2 and len(err.splitlines()) == 1
+    assert "last.pth: this is a best.pth" in err and f"--weights {out / 'last.pth'} and another --out" in err
+    shutil.copy(whole / "last.pth", out / "last.pth")
+    assert run(*EIGHT, "--out", out)[0] == 0
+
+
+@pytest.mark.parametrize("change", [{"student": {}}, {"optimizer": {}}])
+def test_a_broken_checkpoint_is_refused_and_the_logs_are_kept(whole, small, tmp_path, change):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
     torch.save(torch.load(out / "last.pth", weights_only=True) | change, out / "last.pth")
     before = (out / "metrics.jsonl").read_text()
-    with pytest.raises(SystemExit) as end:
-        train.main([*TINY, "--iters", "6", "--out", str(out)])
-    assert end.value.code == 2 and "last.pth: not the last checkpoint of this run" in capsys.readouterr().err
+    code, _, err = run(*EIGHT, "--out", out)
+    assert code == 2 and "last.pth: not the last checkpoint of this run" in err
     assert (out / "metrics.jsonl").read_text() == before
 
 
+@pytest.mark.slow
+def test_a_resumed_run_no_longer_needs_its_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.Shapes, "VAL", 5)
+    weights = tmp_path / "resnet18.pth"
+    torch.save(torchvision.models.resnet18().state_dict(), weights)
+    flags = [*EIGHT, "--weights", weights, "--out", tmp_path / "out"]
+    run_until(2, *flags)
+    weights.unlink()
+    assert run(*flags)[0] == 0
+
+
+def test_a_class_that_occurs_nowhere_is_null_and_the_others_are_logged(tmp_path, small, monkeypatch):
+    def no_third_class(network, image, *rest):
+        return torch.zeros(image.shape[1:], dtype=torch.uint8)
+
+    monkeypatch.setattr(evaluate, "predict", no_third_class)
+    root = custom(tmp_path / "data", classes="sky\nroad\nsea\n")
+    code, said, err = run("--dataset", "custom", "--data-root", root, *TINY, "--iters", 2, "--out",
+                          tmp_path / "out")
+    assert code == 0, err
+    text = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[-1]
+    record = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert record["iou_teacher"] == record["iou_student"] == {"sky": 0.5, "road": 0.0, "sea": None}
+    assert record["miou_teacher"] == 0.25
+    logged = scalars(tmp_path / "out")
+    if logged:
+        assert logged["iou_teacher/sky"] == [(1, 0.5), (2, 0.5)] and "iou_teacher/sea" not in logged
+        assert logged["miou_student"] == [(2, 0.25)] and logged["loss"][0][0] == 2
+
+
+NO_POSIX = """
+import sys; sys.path.insert(0, {here!r})
+import signal
+sys.modules["fcntl"] = None  # an import of it fails
+for name in ("pthread_sigmask", "SIGHUP", "SIGUSR1", "SIGCHLD"):
+    delattr(signal, name)
+import data, train
+data.Shapes.TRAIN, data.Shapes.VAL = 24, 5
+if __name__ == "__main__":
+    train.main()
+"""
+
+
+@pytest.mark.slow
+def test_the_locks_and_signals_of_posix_are_left_out_where_there_are_none(tmp_path):
+    script = tmp_path / "windows.py"
+    script.write_text(NO_POSIX.format(here=str(HERE)))
+    result = launch(*TINY, "--iters", 2, "--out", tmp_path / "out", script=script)
+    assert result.returncode == 0 and not result.stderr, result.stderr
+
+
+def test_a_file_system_without_locks_gets_a_line(tmp_path, small, monkeypatch):
+    def lockf(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", lockf)
+    code, said, _ = run(*TINY, "--iters", 1, "--out", tmp_path / "out")
+    assert code == 0 and "its file system has no locks; let no other run write there" in said
+
+
+@pytest.mark.slow
 def test_a_checkpoint_of_another_data_set_is_refused(finished, tmp_path):
     out, _ = finished
     state = torch.load(out / "last.pth", weights_only=True)
@@ -223,6 +643,7 @@ def truncate(root, name="im9"):
     path.write_bytes(path.read_bytes()[:20000])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags, ranks", [([], None), (["--workers", "2"], None), ([], 2)])
 def test_a_truncated_photograph_is_named(tmp_path, flags, ranks):
     result = spoilt_run(tmp_path, *flags, spoil=truncate, ranks=ranks)
@@ -233,6 +654,7 @@ def test_a_truncated_photograph_is_named(tmp_path, flags, ranks):
         assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [None, 2])
 def test_evaluate_names_a_truncated_photograph(tmp_path, ranks):
     assert spoilt_run(tmp_path, "--iters", 1).returncode == 0
@@ -244,23 +666,78 @@ def test_evaluate_names_a_truncated_photograph(tmp_path, ranks):
     assert "im5.jpg: cannot be read (" in said[0]
 
 
-def test_a_loss_that_is_not_finite_is_named_and_saves_nothing(tmp_path):
-    result = spoilt_run(tmp_path, "--lr", "1e30", "--checkpoint-every", "100")
-    assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
-    assert re.search(r"L_(x|u).* is not finite in iteration \d+, with the labelled images im\d",
-                     result.stderr) or "the weights are not finite" in result.stderr
-    assert not (tmp_path / "out" / "last.pth").exists()
-
-
-def test_a_loader_process_that_dies_is_named(tmp_path):
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_loader_process_that_dies_is_named_once_and_the_run_is_saved(tmp_path, ranks):
     out = tmp_path / "out"
-    process = subprocess.Popen([sys.executable, str(HERE / "train.py"), *TINY, "--iters", "500", "--workers",
-                                "2", "--out", str(out)], stderr=subprocess.PIPE, text=True, cwd=HERE,
-                               stdout=subprocess.DEVNULL)
-    while not (out / "metrics.jsonl").exists():
-        time.sleep(0.1)
-    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True,
-                              text=True).stdout.split()
-    os.kill(int(children[0]), signal.SIGKILL)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1 and len(errors.splitlines()) == 1 and "a loader process died" in errors
+    process = started(out, *TINY, "--iters", 500, "--workers", 1, ranks=ranks if ranks > 1 else None)
+    parents = {process.pid} if ranks == 1 else children(process.pid)
+    loader = next(pid for parent in parents for pid in children(parent) if b"resource_tracker" not in
+                  Path(f"/proc/{pid}/cmdline").read_bytes())
+    os.kill(loader, signal.SIGKILL)
+    _, errors = process.communicate(timeout=100)
+    said = [line for line in errors.splitlines() if line.startswith("train.py: ")]
+    assert process.returncode == 1 and len(said) == 1 and (ranks > 1 or len(errors.splitlines()) == 1)
+    assert "a loader process died (" in said[0] and "lower --workers" in said[0]
+    saved = torch.load(out / "last.pth", weights_only=True)["iteration"]
+    assert f"saved iteration {saved}" in said[0]
+    run_until(saved + 1, *TINY, "--iters", 500, "--workers", 0, "--out", out)
+
+
+def children(pid):
+    return {int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
+
+
+OUT_OF_MEMORY = """
+import sys; sys.path.insert(0, {here!r})
+import torch, train
+from ranks import rank
+step = train.train_step
+
+def failing(*args):
+    if args[4] == 3 and rank() in {ranks}:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    return step(*args)
+
+train.train_step = failing
+if __name__ == "__main__":
+    train.main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [[1], [0, 1]])
+def test_memory_that_runs_out_on_one_rank_or_on_all_gets_one_line(tmp_path, ranks):
+    script, out = tmp_path / "failing.py", tmp_path / "out"
+    script.write_text(OUT_OF_MEMORY.format(here=str(HERE), ranks=ranks))
+    flags = [*TINY, "--iters", 6, "--checkpoint-every", 2, "--out", out]
+    result = launch(*flags, ranks=2, script=script)
+    said = [line for line in result.stderr.splitlines() if line.startswith("train.py: ")]
+    assert result.returncode == 1 and len(said) == 1 and "raise --accumulate" in said[0]
+    assert "rank0]" not in result.stderr and "rank1]" not in result.stderr
+    code, said, _ = run(*flags, "--accumulate", 2)
+    assert code == 0 and "resumes at iteration 2 of 6" in said
+
+
+OLD_PYTHON = """
+import collections, sys, numpy, torch, torchvision, PIL.Image; sys.path.insert(0, {here!r})
+Version = collections.namedtuple("Version", "major minor")
+sys.version_info = Version(3, 9)
+for script in ("train", "evaluate", "predict", "prepare", "bench"):
+    try:
+        __import__(script)
+    except SystemExit as end:
+        print(end)
+"""
+
+
+@pytest.mark.slow
+def test_an_old_python_gets_one_line_from_every_command():
+    result = subprocess.run([sys.executable, "-c", OLD_PYTHON.format(here=str(HERE))], capture_output=True,
+                            text=True)
+    assert result.stdout == 5 * "HagSeg needs Python 3.10 or later; this is 3.9\n", result.stderr
+
+
+def test_all_files_can_be_parsed_by_an_old_python_that_is_to_get_that_line():
+    for path in HERE.glob("*.py"):
+        ast.parse(path.read_text(), feature_version=(3, 9))

@@ -384,9 +384,10 @@ def launch(*flags, ranks=None, script="train.py", **options):
 
 
 def lines(out, name="metrics.jsonl"):
-    """The records of a run without what the clock gave."""
+    """The records of a run without what the clock gave, and without the single classes."""
     records = [json.loads(line) for line in (Path(out) / name).read_text().splitlines()]
-    return [{k: v for k, v in record.items() if k != "images_per_second"} for record in records]
+    return [{k: v for k, v in record.items() if k != "images_per_second" and not k.startswith("iou")}
+            for record in records]
 
 
 FROZEN = """

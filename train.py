@@ -11,7 +11,9 @@ import argparse
 import copy
 import math
 import os
+import signal
 import sys
+import time
 import warnings
 from contextlib import closing, nullcontext
 from pathlib import Path
@@ -47,7 +49,7 @@ from hardness import (
 from model import BACKBONES, DeepLabV3Plus
 from prepare import check_data
 from ranks import average_buffers, gather, join, leave, own, rank, say, together, world_size
-from run import Run, RunError
+from run import Run, RunError, handlers_kept
 
 
 def train_step(student, teacher, optimizer, batch, iteration, args):
@@ -222,12 +224,14 @@ def train(args, device):
                           args.crop_size, args.seed, args.scale, args.image_size,
                           strong=args.intensity != "none")
     epoch = math.ceil(len(unlabelled or labelled) / args.batch_size)  # iterations of a pass
-    args.iters = args.iters or args.epochs * epoch
-    args.epochs = None
+    if args.iters:
+        args.epochs = None
+    else:
+        args.iters = args.epochs * epoch
 
     # The networks, and the run's folder with the iteration to start from.
     student, bare, teacher, optimizer = build_networks(args, len(data.classes), device)
-    run = Run(args, data, draws, bare, teacher, optimizer)
+    run = Run(args, data, draws, bare, teacher, optimizer, device)
     say(f"{args.dataset}: {len(labelled)} labelled, {len(draws.unlabelled)} unlabelled and "
         f"{len(data.val)} validation images, {len(data.classes)} classes"
         + "".join(f"\n{note}" for note in (*notes, getattr(bare, "note", "")) if note)
@@ -235,7 +239,7 @@ def train(args, device):
         + (f"\nresumes at iteration {run.start} of {args.iters}" if run.start else ""))
 
     # The loop.
-    with closing(run.batches(device)) as batches:
+    with closing(run.batches()) as batches:
         for iteration, batch in batches:
             scalars, gamma = train_step(student, teacher, optimizer, batch, iteration, args)
             run.record(iteration, scalars, gamma)
@@ -243,7 +247,7 @@ def train(args, device):
             if done % args.log_every == 0 or done == args.iters:
                 run.log(done)
             if done % (args.eval_every * epoch) == 0 or done == args.iters:
-                run.validate(done, device)
+                run.validate(done)
             if done % args.checkpoint_every == 0 or done == args.iters:
                 run.save("last.pth", done)
     run.report()
@@ -255,9 +259,10 @@ def build_networks(args, num_classes, device):
     The pretrained weights are read on rank 0 alone; all ranks start with its weights and buffers.
     """
     def build():
+        fresh = rank() == 0 and not (Path(args.out) / "last.pth").exists()  # others get them from there
         try:
             return DeepLabV3Plus(num_classes, args.backbone, args.output_stride, args.channels,
-                                 args.weights if rank() == 0 else None, args.aux, args.multi_grid)
+                                 args.weights if fresh else None, args.aux, args.multi_grid)
         except (ValueError, OSError) as error:
             raise InputError(str(error)) from None
 
@@ -419,7 +424,8 @@ def parse_arguments(argv=None):
                   "hagseg").replace("_", "-")
     args.out = args.out or f"runs/{args.dataset}-{Path(args.split or 'all').stem}-{reading}"
     args.cuda = torch.cuda.is_available()
-    if args.amp is None:  # emulated, it crawls
+    args.default_amp = args.amp is None
+    if args.default_amp:  # emulated, it crawls
         args.amp = args.cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     if args.workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -465,6 +471,7 @@ def check_arguments(args):
          f"BatchNorm one image at a time, and it needs two")
 
 
+@handlers_kept()
 def main(argv=None):
     """Run under torchrun or alone. Exit code 2 for input that cannot be trained on, 1 for a run that
     ended early, each with one line on stderr."""
@@ -478,18 +485,18 @@ def main(argv=None):
     except (InputError, RunError) as error:  # on all ranks
         if rank() == 0:
             print(f"train.py: {error}", file=sys.stderr, flush=True)
+        together(tuple)  # wait for it: where one rank has ended, torchrun ends the others
         leave()
         sys.exit(1 if isinstance(error, RunError) else 2)
-    except RuntimeError as error:  # on this rank alone, so torchrun has to end the others
+    except RuntimeError as error:  # on this rank, perhaps alone: torchrun ends the others
         if isinstance(error, torch.OutOfMemoryError):
-            text = "out of GPU memory; raise --accumulate, or lower --crop-size or --batch-size"
-        elif "DataLoader worker" in str(error):
-            reason = str(error).strip().splitlines()[-1]
-            text = f"a loader process died ({reason}); lower --workers, or free memory"
-        else:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(rank())  # where several ran out, the first alone says so
+            print("train.py: out of GPU memory; raise --accumulate, and the run resumes from its last "
+                  "checkpoint; or lower --crop-size or --batch-size, with another --out", file=sys.stderr,
+                  flush=True)
+        elif "gloo" not in str(error):  # which complains where another rank has ended
             raise
-        print(f"train.py: {text}; the same command resumes from the last checkpoint", file=sys.stderr,
-              flush=True)
         os._exit(1)
     leave()
 

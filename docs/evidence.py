@@ -217,7 +217,7 @@ def table_row(row, results, columns):
     return f"| {row} | {PAPER.get(row, '')} | {len(results)} | {' | '.join(map(cell, columns))} |"
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description="Run and tabulate comparisons of settings.")
     parser.add_argument("--rows", nargs="+", choices=GROUPS, default=["table4"], help="groups of rows")
     parser.add_argument("--only", nargs="+", metavar="ROW", help="of these groups, only these rows")
@@ -233,7 +233,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("runs/evidence"))
     parser.add_argument("--dry-run", action="store_true", help="print the commands, and run nothing")
     parser.add_argument("flags", nargs="*", metavar="-- FLAG", help="more flags of train.py, for all rows")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     rows = {row: flags for group in args.rows for row, flags in GROUPS[group].items()}

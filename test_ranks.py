@@ -1,0 +1,99 @@
+"""What the ranks do together, on two processes of gloo; and alone."""
+
+import multiprocessing
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import ranks
+
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.mark.parametrize("half", [{}, {"RANK": "1"}, {"LOCAL_RANK": "3", "MASTER_PORT": "1"},
+                                  {"WORLD_SIZE": "1", "RANK": "0"}, {"WORLD_SIZE": ""}])
+def test_one_process_needs_no_variable_of_torchrun_and_heeds_no_half_of_them(monkeypatch, half):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in half.items():
+        monkeypatch.setenv(name, value)
+    assert ranks.join().type in ("cpu", "cuda")
+    assert (ranks.rank(), ranks.world_size()) == (0, 1)
+
+
+def test_several_processes_need_all_of_them(monkeypatch):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ValueError, match="WORLD_SIZE is 4, but MASTER_ADDR and MASTER_PORT are not set"):
+        ranks.join()
+    monkeypatch.delenv("WORLD_SIZE")  # the remedy
+    ranks.join()
+
+
+def test_alone_each_function_is_the_plain_thing():
+    whole = torch.arange(6).view(3, 2)
+    assert ranks.gather(whole).equal(whole) and ranks.own(whole).equal(whole)
+    assert ranks.sum_over_ranks(whole).equal(whole)
+    assert ranks.together(divmod, 7, 2) == (3, 1)
+    with pytest.raises(ZeroDivisionError):
+        ranks.together(divmod, 7, 0)
+
+
+def fail_on(rank):
+    if ranks.rank() == rank:
+        raise ValueError(f"of rank {rank}")
+    return ranks.rank()
+
+
+def one_of_two(rank, results, meeting):
+    torch.distributed.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=2)
+    found = {"rank": ranks.rank(), "world": ranks.world_size(), "together": ranks.together(fail_on, None)}
+    for failing in (0, 1):
+        try:
+            ranks.together(fail_on, failing)
+        except ValueError as error:
+            found[f"error {failing}"] = str(error)
+    found["gather"] = ranks.gather(torch.tensor([[rank, 1], [rank, 2]])).tolist()
+    found["own"] = ranks.own(torch.arange(6)).tolist()
+    found["sum"] = ranks.sum_over_ranks(torch.tensor([rank + 1])).item()
+    norm = nn.BatchNorm2d(2)
+    norm.running_mean += rank
+    norm.running_var += 2 * rank
+    ranks.average_buffers(norm)
+    found["means"] = norm.running_mean.tolist() + norm.running_var.tolist()
+    results.put(found)
+    ranks.leave()
+
+
+@pytest.mark.slow
+def test_two_ranks_share_a_batch_and_their_exceptions(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    processes = [context.Process(target=one_of_two, args=(r, results, tmp_path / "meet")) for r in (0, 1)]
+    for process in processes:
+        process.start()
+    found = sorted((results.get(timeout=120) for _ in processes), key=lambda each: each["rank"])
+    for process in processes:
+        process.join(60)
+    for rank, each in enumerate(found):
+        assert (each["rank"], each["world"], each["together"]) == (rank, 2, rank)
+        assert (each["error 0"], each["error 1"]) == ("of rank 0", "of rank 1")
+        assert each["gather"] == [[0, 1], [0, 2], [1, 1], [1, 2]]
+        assert each["own"] == [3 * rank, 3 * rank + 1, 3 * rank + 2]
+        assert each["sum"] == 3 and each["means"] == [0.5, 0.5, 2, 2]
+
+
+def test_that_nobody_listens_any_more_ends_no_run(monkeypatch):
+    class Gone:
+        def write(self, text):
+            raise BrokenPipeError
+
+        def flush(self):
+            pass
+
+    monkeypatch.setattr(sys, "stdout", Gone())
+    ranks.say("lost")
