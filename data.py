@@ -389,10 +389,10 @@ def stems(folder, suffixes=(".png",)):
 
 def read_list(path):
     """The ids in a list, one a line, in any form in use: bare ids, JPEGImages/ID.jpg with or without
-    its mask behind it, or leftImg8bit/train/CITY/ID_leftImg8bit.png. "# " opens a comment line."""
+    its mask behind it, or leftImg8bit/train/CITY/ID_leftImg8bit.png. A # and a space open a comment."""
     ids = []
     for line in filter(None, read_lines(path)):
-        if line.startswith("# "):
+        if re.match(r"#(\s|$)", line):
             continue
         file = re.match(r"(.+?)\.(?:jpe?g|jfif|png|bmp|webp|tiff?)(?:\s|$)", line, re.IGNORECASE)
         name = re.split(r"[/\\]", file[1] if file else line)[-1]
@@ -440,8 +440,7 @@ def split_ids(data, dataset, split):
 
 
 class Shapes(SegmentationData):
-    """The embedded data set: 256 training and 128 validation images that shapes.py draws.
-    """
+    """The embedded data set: 256 training and 128 validation images that shapes.py draws."""
     TRAIN, VAL = 256, 128
 
     def __init__(self):

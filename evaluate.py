@@ -28,7 +28,7 @@ from data import (
     short_list,
 )
 from model import DeepLabV3Plus
-from prepare import check_files
+from prepare import check_classes, check_files
 from ranks import join, leave, rank, say, sum_over_ranks, together, world_size
 
 WHOLE_IMAGE_PIXELS = 2048 * 1024  # a larger image goes through windows, so that memory is bounded
@@ -314,9 +314,11 @@ def open_all(args, device):
                          f"but --data-root holds {short_list(data.classes)}; give its own data")
     if args.list:
         data.train, data.val = [], listed_ids(args.list, data, state)
-    found = check_files(data, data.val).problems
-    if found:
-        raise InputError(found[0])
+    found = check_files(data, data.val)
+    if not found.problems:
+        check_classes(data, "validation", data.val, 1, found)
+    if found.problems:
+        raise InputError(found.problems[0])
     return networks, state, data
 
 

@@ -77,8 +77,9 @@ def check_data(data, labelled, unlabelled, supervised=False):
     if both:
         found.problems.append(f"{len(both)} validation images are among the training ones: "
                               f"{short_list(both)}; keep each in one list")
-    if not found.problems:
-        check_classes(data, labelled, found)
+    for part, names, needed in (("labelled", labelled, 2), ("validation", data.val, 1)):
+        if not found.problems:
+            check_classes(data, part, names, needed, found)
     of_masks, of_photographs = unused(data, found.pixels) if data.folders else ([], [])
     lacks, lines = None, of_photographs + of_masks
     if not data.images:
@@ -94,7 +95,8 @@ def check_data(data, labelled, unlabelled, supervised=False):
         lacks = (f"no unlabelled image is left; add images without masks, train with --supervised, or leave "
                  f"the masks of half of them out: {data.command('train.py', '--split', '1_2')}")
     found.problems += [*lines, lacks] if lacks else []
-    found.notes = data.notes + found.notes + ([] if lacks else lines)
+    notes = data.notes + found.notes + ([] if lacks else lines)
+    found.notes = [note.encode(errors="backslashreplace").decode() for note in notes]  # for any terminal
     return found
 
 
@@ -158,24 +160,20 @@ def demand_whole(image, path):
             image.load()
 
 
-def check_classes(data, labelled, found):
-    """Add what the masks cannot teach or measure: too few classes, or none of some class."""
-    absent = {}
-    for part, names in (("labelled", labelled), ("validation", data.val)):
-        pixels = sum((found.pixels[name] for name in names), np.zeros(256, int))
-        held = [label for label, count in zip(data.classes, pixels) if count]
-        absent[part] = [label for label in data.classes if label not in held and names]
-        if names and len(held) < (2 if part == "labelled" else 1):
-            found.problems.append(
-                f"the {part} masks, {data.masks[names[0]]} for one, hold {held[0] if held else 'nothing'} "
-                f"alone" + f", beside {IGNORE}, which is ignored" * bool(pixels[IGNORE]) + "; " + (
-                    data.conversion() * bool(held and pixels[IGNORE]) or "add masks of other classes"))
-            return
-    unmeasured = [label for label in absent["validation"] if label not in absent["labelled"]]
-    for part, names, so in (("labelled", absent["labelled"], "will not be learnt"),
-                            ("validation", unmeasured, "is not in the mean IoU")):
-        if names:
-            found.notes.append(f"no {part} mask holds {short_list(names)}, which {so}")
+def check_classes(data, part, names, needed, found):
+    """Add what the masks of a part of the data hold too little of: classes at all, or some class."""
+    pixels = sum((found.pixels[name] for name in names), np.zeros(256, int))
+    held = [label for label, count in zip(data.classes, pixels) if count]
+    absent = [label for label in data.classes if label not in held]
+    if names and len(held) < needed:
+        remedy = data.conversion() if held and pixels[IGNORE] else ""
+        found.problems.append(
+            f"the {part} masks, {data.masks[names[0]]} for one, hold {held[0] if held else 'nothing'} alone"
+            + f", beside {IGNORE}, which is ignored" * bool(pixels[IGNORE])
+            + f"; {remedy or 'add masks of other classes'}")
+    elif names and absent:
+        found.notes.append(f"no {part} mask holds {short_list(absent)}, which "
+                           f"{'will not be learnt' if part == 'labelled' else 'is not in the mean IoU'}")
 
 
 def check_ids(data, found):
@@ -209,8 +207,9 @@ def check_palettes(data, palettes, found):
             colour = tuple(palette[3 * i:3 * i + 3])
             before, path = shades.setdefault(i, (colour, data.masks[name]))
             if before != colour:
-                found.problems.append(f"{path} and {data.masks[name]}: the id {i} is {written(before)} in the "
-                                      f"one and {written(colour)} in the other; {data.conversion('replace one')}")
+                found.problems.append(
+                    f"{path} and {data.masks[name]}: the id {i} is {written(before)} in the one and "
+                    f"{written(colour)} in the other; {data.conversion('replace one')}")
                 return
 
 
@@ -223,28 +222,29 @@ def unused(data, pixels):
     def owner(stem):  # the image whose mask a file of this stem seems to be
         return owners.get(MASK_WORDS.sub("", stem).lower())
 
-    def line(names, files, text):
-        first = f"{files[names[0]]}: {len(names)} " if names else ""
-        return [first + text.replace("OWNER", str(owner(names[0])))] if names else []
+    def about(names, files, what, remedy):  # [a line], or [] without names
+        return [f"{files[name]}: {len(names)} {what}; {remedy(name)}" for name in names[:1]]
 
-    strays = sorted(data.masks.keys() - data.images.keys())
-    of_masks = [
-        *line([name for name, path in data.images.items()
-               if path.suffix.lower() == ".png" and owner(name) not in (None, name)], data.images,
-              f"files like this one look like masks, and are read as photographs; if they are masks, move "
-              f"them into {mask_folder}/, this one as OWNER.png, and so on"),
-        *line([name for name in strays if owner(name)], data.masks,
-              "masks like this one have no image of their name; a mask needs the stem of its image: call "
-              "this one OWNER.png, and so on"),
-        *line([name for name in strays if not owner(name)], data.masks,
-              "masks like this one have no image of their name; a mask needs the stem of its image")]
-    of_photographs = [
-        *line([name for name in pixels if np.count_nonzero(pixels[name][:IGNORE]) == 1], data.masks,
-              "masks like this one hold one class alone; if nobody annotated these, remove them, and their "
-              "images are unlabelled"),
-        *line(sorted(data.images.keys() - {*data.train, *data.val}), data.images,
-              "photographs like this one are on no list in ImageSets/Segmentation; to train on them, add "
-              "them to its train.txt")]
+    copies = [name for name, path in data.images.items()
+              if path.suffix.lower() == ".png" and owner(name) not in (None, name)]
+    strays = sorted(data.masks.keys() - data.images.keys(), key=lambda name: (not owner(name), name))
+    one_class = [name for name in pixels if np.count_nonzero(pixels[name][:IGNORE]) == 1]
+    unlisted = sorted(data.images.keys() - {*data.train, *data.val})
+    of_masks = about(
+        copies, data.images, "files like this one look like masks, and are read as photographs",
+        lambda name: "if they are masks, move them " + (
+            "elsewhere" if owner(name) in data.masks else
+            f"into {mask_folder}/, this one as {owner(name)}.png, and so on"))
+    of_masks += about(
+        strays, data.masks, "masks like this one have no image of their name",
+        lambda name: "a mask needs the stem of its image" + (
+            f": call this one {owner(name)}.png, and so on" if owner(name) else ""))
+    of_photographs = about(
+        one_class, data.masks, "masks like this one hold one class alone",
+        lambda name: "if nobody annotated these, remove them, and their images are unlabelled")
+    of_photographs += about(
+        unlisted, data.images, "photographs like this one are on no list in ImageSets/Segmentation",
+        lambda name: "to train on them, add them to its train.txt")
     groups, used = {}, {*data.images.values(), *data.masks.values()}
     for path in sorted(data.root.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(data.root).parts)
@@ -255,16 +255,19 @@ def unused(data, pixels):
         among_masks = any(data.root / name in (folder, *folder.parents) for name in MASK_FOLDERS)
         if not among_images:
             paths = [path for path in paths if normalize("NFC", path.stem) not in data.masks]
-        if among_masks or (suffix == ".png" and not among_images and any(owner(path.stem) for path in paths)):
+        like_masks = not among_images and 2 * sum(bool(owner(path.stem)) for path in paths) > len(paths)
+        if among_masks or (like_masks and suffix in IMAGE_SUFFIXES):
             lines, remedy = of_masks, (
                 f"if they are masks, move them into {mask_folder}/" if suffix == ".png" else
-                data.conversion() if suffix in LOSSLESS else
-                "export the masks again, as PNGs" + ": JPEG changes ids" * (suffix in IMAGE_SUFFIXES))
+                data.conversion() if suffix in LOSSLESS and among_masks else
+                f"if they are masks, export them again, as PNGs, into {mask_folder}/"
+                + ": JPEG changes ids" * (suffix in IMAGE_SUFFIXES))
         else:
             lines, remedy = of_photographs, (
-                f"to train on them, move them into {photographs}/" if suffix in IMAGE_SUFFIXES else
-                "if they are photographs, convert them to JPEG" if suffix else
-                "if they are photographs, give them a suffix such as .jpg")
+                f"to train on them, move them into {photographs}/, each under a name of its own"
+                if suffix in IMAGE_SUFFIXES else
+                "if they are photographs, " + (
+                    "convert them to JPEG" if suffix else f"call this one {paths[0].name}.jpg, and so on"))
         if paths and (among_images or among_masks or suffix in {*IMAGE_SUFFIXES, ".heic", ".heif"}):
             lines.append(f"{folder}: {len(paths)} files {suffix or 'without suffix'} ({paths[0].name} for "
                          f"one) are not read; {remedy}")
@@ -455,8 +458,8 @@ def convert_masks(root):
             ids[colour @ CODE], palette[names.index(label)] = names.index(label), colour
     total = sum(count for count, _ in found.values())
     for colour, (count, path) in sorted(found.items(), key=lambda item: -item[1][0]):
-        print(f"{written(colour):13} -> {ids[colour @ CODE]:3} {labels[colour]:20} {count / total:7.2%} of the "
-              f"pixels, {path.name} for one")
+        print(f"{written(colour):13} -> {ids[colour @ CODE]:3} {labels[colour]:20} {count / total:7.2%} of "
+              f"the pixels, {path.name} for one")
 
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
