@@ -257,12 +257,13 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_bits(tmp_path, ranks, f
     rng, kills, out = random.Random(f"{ranks} {flags}"), 0, tmp_path / "killed"
     while kills < 10:
         processes = start([*arguments, "--out", out], ranks)
-        time.sleep(rng.uniform(0.3, 1) * seconds)
+        time.sleep(rng.uniform(0.1, 1) * seconds)
         if kill_randomly(processes, rng):
             kills += 1
         else:
             assert_same_run(tmp_path / "whole", out)
-            shutil.rmtree(out)  # finished: begin again
+            shutil.rmtree(out)  # finished: begin again, and kill sooner
+            seconds *= 0.7
     assert exit_codes(start([*arguments, "--out", out], ranks)) == [0] * ranks
     assert_same_run(tmp_path / "whole", out)
 
