@@ -154,7 +154,7 @@ def with_environment(environment, argv, moment):
     rank_main(argv, moment)
 
 
-def exit_codes(processes, timeout=120):
+def exit_codes(processes, timeout=600):
     deadline = time.monotonic() + timeout
     for process in processes:
         process.join(max(0, deadline - time.monotonic()))
