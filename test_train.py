@@ -523,6 +523,17 @@ def test_bad_input_gets_one_line_before_training_starts(case, tmp_path, capsys):
     assert not list(tmp_path.glob("**/*.ran")) and not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
+def test_more_elements_than_an_int_holds_get_the_line_for_memory(monkeypatch, capsys):
+    def fail(*args):
+        raise RuntimeError("upsample_bilinear2d_nhwc only supports output tensors with less than INT_MAX "
+                           "elements, but got [48, 171, 513, 513]")
+    monkeypatch.setattr(train, "train", fail)
+    monkeypatch.setattr(train.os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as end:
+        train.main(TINY)
+    assert end.value.code == 1 and "raise --accumulate" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_ranks_that_cannot_share_a_batch_say_so_once():
     result = launch(*TINY, "--batch-size", 5, ranks=2)
