@@ -93,6 +93,7 @@ CITYSCAPES = {  # class: (its labelId, its colour), in the order of the 19 train
 }
 TRAINING_SETS = {"voc": 10582, "voc_classic": 1464, "cityscapes": 2975}  # what a split is a part of
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+HEIC_SUFFIXES = {".heic", ".heif"}  # photographs too, which Pillow cannot read
 MASK_FOLDERS = ("SegmentationClassIds", "SegmentationClass", "SegmentationClassPNG", "masks")
 TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation -> Image.Transpose
 warnings.filterwarnings("ignore", module=r"PIL\.")  # odd metadata, large photographs: both are read

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import evaluate
 import predict
 import prepare
 import train
@@ -514,7 +515,7 @@ def test_a_remedy_is_followed_and_training_runs(tmp_path, capsys, number):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mask", [grey(0, 255), coloured((0, 0, 0), (128, 0, 0))], ids=["0 and 255", "RGB"])
-def test_own_photographs_as_the_readme_has_it(tmp_path, mask):
+def test_own_photographs_as_the_readme_has_it(tmp_path, capsys, mask):
     """30 photographs, 10 masks: check, convert as it says, train, predict."""
     root = tmp_path / "mine"
     folder(mask, count=30, masked=10)(root)
@@ -531,3 +532,8 @@ def test_own_photographs_as_the_readme_has_it(tmp_path, mask):
         predict.main([str(tmp_path / "run/best.pth"), str(root / "images"), "--out", str(tmp_path / "out")])
     assert end.value.code == 0 and len(list((tmp_path / "out").glob("*_overlay.png"))) == 30
     assert before.items() <= contents(root).items()
+    move("SegmentationClassIds/*", "ids")(root, "")  # a validation set in which nothing is labelled
+    folder(grey(255, 255), masks="SegmentationClassIds", count=30, masked=10)(root)
+    with pytest.raises(SystemExit) as end:
+        evaluate.main([str(tmp_path / "run/best.pth")])
+    assert end.value.code == 2 and "the validation masks" in capsys.readouterr().err
