@@ -298,8 +298,9 @@ def open_custom(root):
     photographs = next((root / name for name in ("JPEGImages", "images") if root / name in folders), None)
     if photographs is None:
         raise InputError(f"--data-root {root}: neither JPEGImages/ nor images/ in it (but "
-                         f"{short_list(path.name for path in folders) or 'no folder'}); call the folder of "
-                         f"the photographs images/, and that of the masks masks/")
+                         f"{short_list(path.name for path in folders) or 'no folder'}); give the folder "
+                         f"that holds one of them, or call the folder of the photographs images/, and that "
+                         f"of the masks masks/")
     for mask_folder in (root / name for name in MASK_FOLDERS):
         masks = stems(mask_folder)
         if masks:

@@ -87,6 +87,8 @@ def check_data(data, labelled, unlabelled, supervised=False):
         lacks = f"{data.folders[0] if data.folders else data.root}: no photographs in it; put them there"
     elif not labelled:
         lacks, lines = "no labelled image is left to train on; add masks", of_masks + of_photographs
+        if data.folders:
+            lacks += f", index PNGs of class ids, in {data.folders[1]}/, each with the stem of its image"
         if len(data.masks) == len(data.val) == 1:
             lacks = (f"{data.val[0]} alone has a mask, and two are needed, since one is kept for validation; "
                      f"add the mask of another")
@@ -188,6 +190,8 @@ def check_ids(data, found):
     names_file = data.root / "class_names.txt"
     if data.dataset != "custom":
         remedy = "replace the mask"
+    elif (ids[ids > IGNORE] % 257).any():  # and not grey levels of 16 bits
+        remedy = f"export the masks again, with class ids below {IGNORE}"
     elif [*ids] == [C]:
         remedy = ("no mask holds 0, and " * all(not counts[0] for counts in found.pixels.values())
                   + f"ids count from 0: if 0 is a class too, write its name as the first line of "
@@ -229,7 +233,8 @@ def unused(data, pixels):
     copies = [name for name, path in data.images.items()
               if path.suffix.lower() == ".png" and owner(name) not in (None, name)]
     strays = sorted(data.masks.keys() - data.images.keys(), key=lambda name: (not owner(name), name))
-    one_class = [name for name in pixels if np.count_nonzero(pixels[name][:IGNORE]) == 1]
+    one_class = [name for name in pixels if len({*np.flatnonzero(pixels[name])} - {IGNORE}) == 1]
+    white = [name for name in one_class if pixels[name][IGNORE]]
     unlisted = sorted(data.images.keys() - {*data.train, *data.val})
     masked, meant = (owner(names[0]) if names else None for names in (copies, strays))
     of_masks = about(
@@ -240,8 +245,11 @@ def unused(data, pixels):
         strays, data.masks, "masks like this one have no image of their name; a mask needs the stem of its "
         "image" + (f": call this one {meant}.png, and so on" if meant else ""))
     of_photographs = about(
-        one_class, data.masks, "masks like this one hold one class alone; if nobody annotated these, remove "
-        "them, and their images are unlabelled")
+        white, data.masks, f"masks like this one hold one class alone, beside {IGNORE}, which is ignored; if "
+        f"{IGNORE} is a class in them, export them again, with its id")
+    of_photographs += about(
+        [name for name in one_class if name not in white], data.masks, "masks like this one hold one class "
+        "alone; if nobody annotated these, remove them, and their images are unlabelled")
     of_photographs += about(
         unlisted, data.images, "photographs like this one are on no list in ImageSets/Segmentation; to train "
         "on them, add them to its train.txt")
@@ -266,6 +274,8 @@ def unused(data, pixels):
             lines, remedy = of_photographs, (
                 f"to train on them, move them into {photographs}/, each under a name of its own"
                 if suffix in IMAGE_SUFFIXES else
+                "masks are read, not annotations: export index PNGs of them"
+                if suffix in (".json", ".xml", ".txt") else
                 "if they are photographs, " + (
                     "convert them to JPEG" if suffix else f"call this one {paths[0].name}.jpg, and so on"))
         if paths and (among_images or among_masks or suffix in IMAGE_SUFFIXES | HEIC_SUFFIXES):
