@@ -103,8 +103,10 @@ def accumulation(settings, ranks, memory):
     """The smallest --accumulate with which the settings of a run fit into GPUs of `memory` GiB: 1.15
     times the computed peak leaves room for what it does not count."""
     images = settings.batch_size // ranks
-    need = (1.15 * MEMORY.get((settings.backbone, settings.output_stride), 0) * (settings.crop_size / 513) ** 2
-            * images / 16 / (3 if settings.supervised else 1))  # the student sees B_x, and two views of B_u
+    need = 1.15 * MEMORY.get((settings.backbone, settings.output_stride), 0) * images / 16
+    need *= (settings.crop_size / 513) ** 2
+    if settings.supervised:
+        need /= 3  # B_x alone, without two views of B_u
     fit = [n for n in range(1, images + 1) if images % n == 0 and need / n < memory]
     return fit[0] if fit else images
 
