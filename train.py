@@ -489,15 +489,17 @@ def main(argv=None):
         leave()
         sys.exit(1 if isinstance(error, RunError) else 2)
     except RuntimeError as error:  # on this rank, perhaps alone: torchrun ends the others
-        if isinstance(error, torch.OutOfMemoryError):
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(rank())  # where several ran out, the first alone says so
-            print("train.py: out of GPU memory; raise --accumulate, and the run resumes from its last "
+        alone = world_size() == 1
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            if not alone:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                time.sleep(rank())  # where several ran out, the first alone says so
+            print("train.py: out of memory; raise --accumulate, and the run resumes from its last "
                   "checkpoint; or lower --crop-size or --batch-size, with another --out", file=sys.stderr,
                   flush=True)
-        elif "gloo" not in str(error):  # which complains where another rank has ended
+        elif alone or "gloo" not in str(error):  # which complains where another rank has ended
             raise
-        os._exit(1)
+        sys.exit(1) if alone else os._exit(1)
     leave()
 
 
