@@ -27,10 +27,11 @@ from torch import nn
 
 import data
 import evaluate
+import run as run_module
 import train
 from run import METRICS
 from test_data import custom, save
-from test_train import HERE, TINY, launch, lines
+from test_train import HERE, HIDDEN, TINY, launch, lines
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,9 @@ class Small(nn.Module):
 
 
 def shrink(patch):
-    """A small network, and the embedded data set with an epoch of 6 iterations and 5 validation images."""
+    """No GPU, a small network, and the embedded data set with an epoch of 6 iterations and 5 validation
+    images."""
+    patch.setattr(torch.cuda, "is_available", lambda: False)
     patch.setattr(train, "DeepLabV3Plus", Small)
     patch.setattr(data.Shapes, "TRAIN", 24)
     patch.setattr(data.Shapes, "VAL", 5)
@@ -274,7 +277,7 @@ def started(out, *flags, ranks=None):
     process = subprocess.Popen([sys.executable, *starter, str(HERE / "train.py"), *map(str, flags), "--out",
                                 str(out)], stderr=subprocess.PIPE, text=True, cwd=HERE,
                                stdout=subprocess.DEVNULL, start_new_session=True,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+                               env=os.environ | {"OMP_NUM_THREADS": "1"} | HIDDEN)
     while not (out / "metrics.jsonl").exists():
         time.sleep(0.1)
         assert process.poll() is None
@@ -544,6 +547,18 @@ def test_best_pth_in_place_of_last_pth_gets_a_line_of_its_own(whole, small, tmp_
     assert run(*EIGHT, "--out", out)[0] == 0
 
 
+@pytest.mark.slow
+def test_a_best_pth_starts_another_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.Shapes, "VAL", 5)
+    flags = [*TINY, "--iters", 1, "--out"]
+    assert run(*flags, tmp_path / "out")[0] == 0
+    (tmp_path / "out" / "best.pth").rename(tmp_path / "out" / "last.pth")
+    code, _, err = run(*flags, tmp_path / "out")
+    remedy = re.search(r"start from it with (--weights \S+) and another --out", err)[1].split()
+    code, said, err = run(*flags, tmp_path / "another", *remedy)
+    assert code == 0, err
+
+
 @pytest.mark.parametrize("change", [{"student": {}}, {"optimizer": {}}])
 def test_a_broken_checkpoint_is_refused_and_the_logs_are_kept(whole, small, tmp_path, change):
     out = tmp_path / "out"
@@ -558,6 +573,7 @@ def test_a_broken_checkpoint_is_refused_and_the_logs_are_kept(whole, small, tmp_
 @pytest.mark.slow
 def test_a_resumed_run_no_longer_needs_its_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(data.Shapes, "VAL", 5)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     weights = tmp_path / "resnet18.pth"
     torch.save(torchvision.models.resnet18().state_dict(), weights)
     flags = [*EIGHT, "--weights", weights, "--out", tmp_path / "out"]
@@ -719,6 +735,37 @@ def test_a_loader_process_that_dies_is_named_once_and_the_run_is_saved(tmp_path,
 
 def children(pid):
     return {int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError(
+    "[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you tried to ...")])
+def test_memory_that_runs_out_gets_one_line(tmp_path, small, monkeypatch, error):
+    def failing(*args):
+        raise error
+
+    flags = [*EIGHT, "--out", tmp_path / "out"]
+    run_until(2, *flags)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", failing)
+        code, _, err = run(*flags)
+    assert code == 1 and len(err.splitlines()) == 1 and "out of memory; raise --accumulate" in err
+    code, said, _ = run(*flags, "--accumulate", 2)
+    assert code == 0 and "resumes at iteration 3 of 8" in said
+
+
+def test_the_search_for_fast_convolutions_waits_until_the_panels_are_drawn(tmp_path, small, monkeypatch):
+    seen, drawn, step = [], run_module.panels, train.train_step
+
+    def benchmarking_step(*args):
+        torch.backends.cudnn.benchmark = True  # as on a GPU
+        return step(*args)
+
+    monkeypatch.setattr(train, "train_step", benchmarking_step)
+    monkeypatch.setattr(run_module, "panels",
+                        lambda *a: (seen.append(torch.backends.cudnn.benchmark), drawn(*a))[1])
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    assert run(*TINY, "--iters", 1, "--out", tmp_path / "out")[0] == 0
+    assert seen == [False] and torch.backends.cudnn.benchmark
 
 
 OUT_OF_MEMORY = """
