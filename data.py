@@ -93,6 +93,7 @@ CITYSCAPES = {  # class: (its labelId, its colour), in the order of the 19 train
 }
 TRAINING_SETS = {"voc": 10582, "voc_classic": 1464, "cityscapes": 2975}  # what a split is a part of
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+HEIC_SUFFIXES = {".heic", ".heif"}  # photographs too, which Pillow cannot read
 MASK_FOLDERS = ("SegmentationClassIds", "SegmentationClass", "SegmentationClassPNG", "masks")
 TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation -> Image.Transpose
 warnings.filterwarnings("ignore", module=r"PIL\.")  # odd metadata, large photographs: both are read
@@ -297,8 +298,9 @@ def open_custom(root):
     photographs = next((root / name for name in ("JPEGImages", "images") if root / name in folders), None)
     if photographs is None:
         raise InputError(f"--data-root {root}: neither JPEGImages/ nor images/ in it (but "
-                         f"{short_list(path.name for path in folders) or 'no folder'}); call the folder of "
-                         f"the photographs images/, and that of the masks masks/")
+                         f"{short_list(path.name for path in folders) or 'no folder'}); give the folder "
+                         f"that holds one of them, or call the folder of the photographs images/, and that "
+                         f"of the masks masks/")
     for mask_folder in (root / name for name in MASK_FOLDERS):
         masks = stems(mask_folder)
         if masks:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from data import IMAGE_SUFFIXES, InputError, open_photograph, picture_to_tensor, reading
+from data import HEIC_SUFFIXES, IMAGE_SUFFIXES, InputError, open_photograph, picture_to_tensor, reading
 from evaluate import colourize, confidence_map, load_model, predict
 from hardness import confident_ratio, weighted_iou
 
@@ -54,8 +54,8 @@ def find_photographs(paths):
         if not path.exists():
             raise InputError(f"{path}: no such file or folder")
         inside = [path] if not path.is_dir() else sorted(
-            file for file in path.iterdir()
-            if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".") and file.is_file())
+            file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES | HEIC_SUFFIXES
+            and not file.name.startswith(".") and file.is_file())
         if not inside:
             raise InputError(f"{path}: no photograph in it; what is read is "
                              f"{' '.join(sorted(IMAGE_SUFFIXES))}")

@@ -33,6 +33,7 @@ from torchvision.datasets.utils import check_integrity, download_url
 from torchvision.datasets.voc import DATASET_YEAR_DICT
 
 from data import (
+    HEIC_SUFFIXES,
     IGNORE,
     IMAGE_SUFFIXES,
     MASK_FOLDERS,
@@ -86,6 +87,8 @@ def check_data(data, labelled, unlabelled, supervised=False):
         lacks = f"{data.folders[0] if data.folders else data.root}: no photographs in it; put them there"
     elif not labelled:
         lacks, lines = "no labelled image is left to train on; add masks", of_masks + of_photographs
+        if data.folders:
+            lacks += f", index PNGs of class ids, in {data.folders[1]}/, each with the stem of its image"
         if len(data.masks) == len(data.val) == 1:
             lacks = (f"{data.val[0]} alone has a mask, and two are needed, since one is kept for validation; "
                      f"add the mask of another")
@@ -187,6 +190,8 @@ def check_ids(data, found):
     names_file = data.root / "class_names.txt"
     if data.dataset != "custom":
         remedy = "replace the mask"
+    elif (ids[ids > IGNORE] % 257).any():  # and not grey levels of 16 bits
+        remedy = f"export the masks again, with class ids below {IGNORE}"
     elif [*ids] == [C]:
         remedy = ("no mask holds 0, and " * all(not counts[0] for counts in found.pixels.values())
                   + f"ids count from 0: if 0 is a class too, write its name as the first line of "
@@ -222,29 +227,32 @@ def unused(data, pixels):
     def owner(stem):  # the image whose mask a file of this stem seems to be
         return owners.get(MASK_WORDS.sub("", stem).lower())
 
-    def about(names, files, what, remedy):  # [a line], or [] without names
-        return [f"{files[name]}: {len(names)} {what}; {remedy(name)}" for name in names[:1]]
+    def about(names, files, text):
+        return [f"{files[names[0]]}: {len(names)} {text}"] if names else []
 
     copies = [name for name, path in data.images.items()
               if path.suffix.lower() == ".png" and owner(name) not in (None, name)]
     strays = sorted(data.masks.keys() - data.images.keys(), key=lambda name: (not owner(name), name))
-    one_class = [name for name in pixels if np.count_nonzero(pixels[name][:IGNORE]) == 1]
+    one_class = [name for name in pixels if len({*np.flatnonzero(pixels[name])} - {IGNORE}) == 1]
+    white = [name for name in one_class if pixels[name][IGNORE]]
     unlisted = sorted(data.images.keys() - {*data.train, *data.val})
+    masked, meant = (owner(names[0]) if names else None for names in (copies, strays))
     of_masks = about(
-        copies, data.images, "files like this one look like masks, and are read as photographs",
-        lambda name: "if they are masks, move them " + (
-            "elsewhere" if owner(name) in data.masks else
-            f"into {mask_folder}/, this one as {owner(name)}.png, and so on"))
+        copies, data.images, "files like this one look like masks, and are read as photographs; if they are "
+        "masks, move them " + ("elsewhere" if masked in data.masks else
+                               f"into {mask_folder}/, this one as {masked}.png, and so on"))
     of_masks += about(
-        strays, data.masks, "masks like this one have no image of their name",
-        lambda name: "a mask needs the stem of its image" + (
-            f": call this one {owner(name)}.png, and so on" if owner(name) else ""))
+        strays, data.masks, "masks like this one have no image of their name; a mask needs the stem of its "
+        "image" + (f": call this one {meant}.png, and so on" if meant else ""))
     of_photographs = about(
-        one_class, data.masks, "masks like this one hold one class alone",
-        lambda name: "if nobody annotated these, remove them, and their images are unlabelled")
+        white, data.masks, f"masks like this one hold one class alone, beside {IGNORE}, which is ignored; if "
+        f"{IGNORE} is a class in them, export them again, with its id")
     of_photographs += about(
-        unlisted, data.images, "photographs like this one are on no list in ImageSets/Segmentation",
-        lambda name: "to train on them, add them to its train.txt")
+        [name for name in one_class if name not in white], data.masks, "masks like this one hold one class "
+        "alone; if nobody annotated these, remove them, and their images are unlabelled")
+    of_photographs += about(
+        unlisted, data.images, "photographs like this one are on no list in ImageSets/Segmentation; to train "
+        "on them, add them to its train.txt")
     groups, used = {}, {*data.images.values(), *data.masks.values()}
     for path in sorted(data.root.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(data.root).parts)
@@ -266,9 +274,11 @@ def unused(data, pixels):
             lines, remedy = of_photographs, (
                 f"to train on them, move them into {photographs}/, each under a name of its own"
                 if suffix in IMAGE_SUFFIXES else
+                "masks are read, not annotations: export index PNGs of them"
+                if suffix in (".json", ".xml", ".txt") else
                 "if they are photographs, " + (
                     "convert them to JPEG" if suffix else f"call this one {paths[0].name}.jpg, and so on"))
-        if paths and (among_images or among_masks or suffix in {*IMAGE_SUFFIXES, ".heic", ".heif"}):
+        if paths and (among_images or among_masks or suffix in IMAGE_SUFFIXES | HEIC_SUFFIXES):
             lines.append(f"{folder}: {len(paths)} files {suffix or 'without suffix'} ({paths[0].name} for "
                          f"one) are not read; {remedy}")
     if mask_folder.name == MASK_FOLDERS[0]:
@@ -417,7 +427,7 @@ def convert_masks(root):
     there yet, of the label map's own order. Black is ignored (255) where the label map has neither
     "background" nor a black label. Without a label map, black and white beside two class names and grey
     values that are ids already are taken as such; for other colours it is written, and asks for names.
-    Run again, it adds the masks that are new; what it would have to overwrite is an InputError.
+    Run again, it adds the masks that are new; what it would have to change is an InputError.
     """
     names_file, label_map, final, part = (root / name for name in (
         "class_names.txt", "labelmap.txt", "SegmentationClassIds", "SegmentationClassIds.part"))
@@ -425,15 +435,8 @@ def convert_masks(root):
     if not masks:
         raise InputError(f"{root}: no masks to convert in {'/, '.join(MASK_FOLDERS[1:])}/; give the folder "
                          f"that holds one of them as --data-root")
+    found = colours_of(masks)
     names = read_class_names(names_file) if names_file.exists() else []
-    found = {}  # (r, g, b) -> [its pixels, a mask that holds it]
-    for path in masks.values():
-        counts = coloured(path).getcolors(256)
-        if not counts:
-            raise InputError(f"{path}: more than 256 colours, as smoothed edges or a JPEG give them; export "
-                             f"the masks again without that, and {AGAIN}")
-        for count, colour in counts:
-            found.setdefault(colour, [0, path])[0] += count
     labels = read_label_map(label_map) if label_map.exists() else plain_labels(found, names)
     if not labels:
         ask_for_names(label_map, folder, found, names)
@@ -442,13 +445,13 @@ def convert_masks(root):
         labels.setdefault((0, 0, 0), "ignore")
     strange = sorted(found.keys() - labels.keys())
     unnamed = [label for label in known if names and label not in names]
-    names = names or known
     if strange:
         raise InputError(f"{found[strange[0]][1]}: holds colours that {label_map} has not: "
                          f"{short_list(map(written, strange))}; add them there, and {AGAIN}")
     if unnamed:
         raise InputError(f"{names_file}: has not {short_list(unnamed)}, which {label_map} has; make them "
                          f"agree, or remove {names_file}, and {AGAIN}")
+    names = names or known
     if len(names) < 2:
         raise InputError(f"{label_map}: one class alone; add a line for the rest, such as background:0,0,0, "
                          f"and {AGAIN}")
@@ -469,11 +472,29 @@ def convert_masks(root):
         new = part / path.name
         if not new.exists() or not filecmp.cmp(path, new, shallow=False):
             raise InputError(f"{path}: not what {folder} now gives; move {final} away, and {AGAIN}")
-    names_file.with_suffix(".part").write_text("".join(f"{name}\n" for name in names), "utf-8")
-    os.replace(names_file.with_suffix(".part"), names_file)
-    shutil.rmtree(final, ignore_errors=True)  # all of it is in `part` too
-    os.replace(part, final)
+    if not names_file.exists():
+        names_file.with_suffix(".part").write_text("".join(f"{name}\n" for name in names), "utf-8")
+        os.replace(names_file.with_suffix(".part"), names_file)
+    if final.exists():
+        for path in stems(part).values():
+            os.replace(path, final / path.name)
+        part.rmdir()
+    else:
+        os.replace(part, final)
     print(f"{final}: {len(masks)} masks, of the {len(names)} classes in {names_file}")
+
+
+def colours_of(masks):
+    """{(r, g, b): [how many pixels of all masks have it, a mask that does]}."""
+    found = {}
+    for path in masks.values():
+        counts = coloured(path).getcolors(256)
+        if not counts:
+            raise InputError(f"{path}: more than 256 colours, as smoothed edges or a JPEG give them; export "
+                             f"the masks again without that, and {AGAIN}")
+        for count, colour in counts:
+            found.setdefault(colour, [0, path])[0] += count
+    return found
 
 
 def written(colour):

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import evaluate
 import predict
 import prepare
 import train
@@ -293,6 +294,11 @@ CASES = {
     "one bit": (folder(one_bit), None),
     "one bit, three names": (folder(one_bit, names="a\nb\nc"), r"p00.png: of one bit .*\(and 5 more\)",
                              paste_again),
+    "0 and 255 among others": (both(folder(), lambda root: save(scene(4)[1] * 255, root / "masks/p04.png")),
+                               "p04.png: 1 masks like this one hold one class alone, beside 255, which"),
+    "ids of instances": (folder(lambda labels: labels.astype(np.uint16) * 1000),
+                         "ids 1000, .* export the masks again, with class ids below 255", export_again),
+    "grey levels of 16 bits": (folder(lambda labels: labels.astype(np.uint16) * 65535), "ids 65535", paste),
     "one class": (folder(grey(0, 0)), "hold background alone; add masks of other classes", export_again),
     "nothing but 255": (folder(grey(255, 255)), "hold nothing alone, beside 255", export_again),
     "RGB that are ids": (folder(coloured((0, 0, 0), (1, 1, 1))), r"colour image \(RGB\)", paste),
@@ -394,6 +400,10 @@ CASES = {
                                      texts(f"{LISTS}/train.txt", "p00\np01\np02\np07\np08\n")),
     "hidden files": (files(b"\0\5\x16\7" + bytes(99), "images/.DS_Store", "images/._p00.jpg",
                            "masks/._p00.png", "masks/Thumbs.db", "images/desktop.ini"), None),
+    "annotations": (both(folder(masked=0), lambda root: write(root / "images/p00.json", "{}")),
+                    "1 files .json .*export index PNGs of them\nno labelled image.* the stem of its image",
+                    lambda root, said: folder()(root)),
+    "the folder of photographs": (folder(images="images/images"), None),
     "no suffix": (both(folder(), lambda root: (root / "images/p09.jpg").rename(root / "images/p09")),
                   "1 files without suffix .p09 for one.*call this one p09.jpg"),
     "one label": (folder(masked=1), "p00 alone has a mask, and two are needed",
@@ -514,7 +524,7 @@ def test_a_remedy_is_followed_and_training_runs(tmp_path, capsys, number):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mask", [grey(0, 255), coloured((0, 0, 0), (128, 0, 0))], ids=["0 and 255", "RGB"])
-def test_own_photographs_as_the_readme_has_it(tmp_path, mask):
+def test_own_photographs_as_the_readme_has_it(tmp_path, capsys, mask):
     """30 photographs, 10 masks: check, convert as it says, train, predict."""
     root = tmp_path / "mine"
     folder(mask, count=30, masked=10)(root)
@@ -531,3 +541,8 @@ def test_own_photographs_as_the_readme_has_it(tmp_path, mask):
         predict.main([str(tmp_path / "run/best.pth"), str(root / "images"), "--out", str(tmp_path / "out")])
     assert end.value.code == 0 and len(list((tmp_path / "out").glob("*_overlay.png"))) == 30
     assert before.items() <= contents(root).items()
+    move("SegmentationClassIds/*", "ids")(root, "")  # a validation set in which nothing is labelled
+    folder(grey(255, 255), masks="SegmentationClassIds", count=30, masked=10)(root)
+    with pytest.raises(SystemExit) as end:
+        evaluate.main([str(tmp_path / "run/best.pth")])
+    assert end.value.code == 2 and "the validation masks" in capsys.readouterr().err

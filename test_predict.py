@@ -25,9 +25,11 @@ def test_predict_files_writes_maps_at_the_photographs_own_upright_size(tmp_path,
     (inputs / "broken.jpg").write_bytes((inputs / "phone.jpg").read_bytes()[:300])
     (inputs / "notes.txt").write_text("not a photograph")
     (inputs / "._plain.png").write_bytes(b"a hidden file")
-    assert predict_files(Brightness(), STATE, [inputs], out, torch.device("cpu")) == 1
+    (inputs / "new.HEIC").write_bytes(b"\0\0\0\x24ftypheic" + bytes(300))
+    assert predict_files(Brightness(), STATE, [inputs], out, torch.device("cpu")) == 2
     captured = capsys.readouterr()
-    assert "broken.jpg" in captured.err and "3/3 photographs, 1 skipped" in captured.out
+    assert "broken.jpg" in captured.err and "4/4 photographs, 2 skipped" in captured.out
+    assert "new.HEIC: cannot be read (HEIC or AVIF); convert it to JPEG" in captured.err
     for name in ("phone", "plain"):
         labels = Image.open(out / f"{name}.png")
         assert labels.mode == "P" and labels.size == (20, 30)
