@@ -228,7 +228,7 @@ def test_a_truncated_validation_image_is_named(tmp_path, workers):
 
 
 @pytest.mark.parametrize("ranks", [None, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_list_of_other_images_is_evaluated(tmp_path, capsys, ranks):
+def test_a_list_of_other_images_is_evaluated(tmp_path, capsys, monkeypatch, ranks):
     # Six masked images, of which im4 and im5 are for validation; im8 is a test image of its own.
     root, path = custom(tmp_path / "data"), checkpoint(tmp_path / "best.pth", ["sky", "road"],
                                                        dataset="custom", data_root=str(tmp_path / "data"))
@@ -240,6 +240,7 @@ def test_a_list_of_other_images_is_evaluated(tmp_path, capsys, ranks):
         assert result.returncode == 0, result.stderr
         table = result.stdout
     else:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         evaluate.main([str(argument) for argument in arguments])
         table = capsys.readouterr().out
     assert [file.name for file in (tmp_path / "pictures").iterdir()] == ["im8.png"]

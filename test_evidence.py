@@ -83,10 +83,10 @@ def test_the_papers_numbers_lie_beside_their_cells():
 
 @pytest.mark.parametrize("flags, ranks, memory, expected", [
     ("", 1, float("inf"), 1),                                       # no GPU
-    ("", 1, 24, 1),                                                 # 18 GiB for 16 + 16
+    ("", 1, 24, 1),                                                 # 17 GiB for 16 + 16
     ("", 1, 11, 2),
     ("", 4, 11, 1),                                                 # 4 + 4 on each
-    ("--backbone resnet101 --output-stride 8", 1, 24, 4),           # 58 GiB
+    ("--backbone resnet101 --output-stride 8", 1, 24, 4),           # 49 GiB
     ("--backbone resnet101 --output-stride 8 --supervised", 1, 24, 1),
     ("--crop-size 769", 1, 24, 2),                                  # 2.25 times as many pixels
     ("", 1, 0.1, 16)])                                              # at most an image at a time

@@ -30,6 +30,7 @@ from train import parse_arguments, strong_views, supervised_loss, train_step, up
 HERE = Path(__file__).parent
 TINY = ("--backbone resnet18 --channels 16 --crop-size 32 --batch-size 4 --tau 0.3 --log-every 2 "
         "--weights none --no-amp").split()
+HIDDEN = {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def settings(*flags):
@@ -374,13 +375,14 @@ def test_pairs_coin_and_boxes_are_the_global_batchs_on_any_number_of_ranks(tmp_p
 
 # The real command. TINY on the embedded data set takes seconds.
 
-def launch(*flags, ranks=None, script="train.py", **options):
-    """Run the real command, under torchrun if `ranks` is given."""
+def launch(*flags, ranks=None, script="train.py", gpu=False, **options):
+    """Run the real command, under torchrun if `ranks` is given. A GPU is hidden unless asked for: equal
+    bits are promised without one, and two ranks need two."""
     starter = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                f"--nproc-per-node={ranks}"] if ranks else [sys.executable]
     return subprocess.run([*starter, str(HERE / script), *map(str, flags)], capture_output=True,
                           text=True, timeout=300, cwd=HERE,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
+                          env=os.environ | {"OMP_NUM_THREADS": "1"} | ({} if gpu else HIDDEN), **options)
 
 
 def lines(out, name="metrics.jsonl"):
@@ -519,6 +521,16 @@ def test_bad_input_gets_one_line_before_training_starts(case, tmp_path, capsys):
     assert err.startswith("train.py: ") and re.search(message, err), err
     assert len(err.splitlines()) <= 2 and "Traceback" not in err
     assert not list(tmp_path.glob("**/*.ran")) and not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_more_elements_than_an_int_holds_get_the_line_for_memory(monkeypatch, capsys):
+    def fail(*args):
+        raise RuntimeError("upsample_bilinear2d_nhwc only supports output tensors with less than INT_MAX "
+                           "elements, but got [48, 171, 513, 513]")
+    monkeypatch.setattr(train, "train", fail)
+    with pytest.raises(SystemExit) as end:
+        train.main(TINY)
+    assert end.value.code == 1 and "raise --accumulate" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import argparse
 import copy
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -50,6 +51,10 @@ from model import BACKBONES, DeepLabV3Plus
 from prepare import check_data
 from ranks import average_buffers, gather, join, leave, own, rank, say, together, world_size
 from run import Run, RunError, handlers_kept
+
+# What else is said where memory, or the int that counts elements, runs out.
+TOO_LARGE = ("out of memory|allocate memory|_STATUS_ALLOC_FAILED|INT_MAX elements|"
+             "too large for the channels_last CUDA kernel")
 
 
 def train_step(student, teacher, optimizer, batch, iteration, args):
@@ -489,15 +494,17 @@ def main(argv=None):
         leave()
         sys.exit(1 if isinstance(error, RunError) else 2)
     except RuntimeError as error:  # on this rank, perhaps alone: torchrun ends the others
-        if isinstance(error, torch.OutOfMemoryError):
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(rank())  # where several ran out, the first alone says so
-            print("train.py: out of GPU memory; raise --accumulate, and the run resumes from its last "
+        alone = world_size() == 1
+        if isinstance(error, torch.OutOfMemoryError) or re.search(TOO_LARGE, str(error)):
+            if not alone:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                time.sleep(rank())  # where several ran out, the first alone says so
+            print("train.py: out of memory; raise --accumulate, and the run resumes from its last "
                   "checkpoint; or lower --crop-size or --batch-size, with another --out", file=sys.stderr,
                   flush=True)
-        elif "gloo" not in str(error):  # which complains where another rank has ended
+        elif alone or "gloo" not in str(error):  # which complains where another rank has ended
             raise
-        os._exit(1)
+        sys.exit(1) if alone else os._exit(1)
     leave()
 
 

@@ -92,19 +92,21 @@ GROUPS["voc_table4"] = {f"voc_table4 {row}": f"--dataset voc --split 1_8 --backb
                         for row, (flags, _) in TABLE4.items()}
 PAPER |= {f"voc_table4 {row}": number for row, (_, number) in TABLE4.items()}
 
-# GiB of a GPU for 16 + 16 crops of 513 in bf16: 1.25 times what the network keeps for its backward pass.
-# Counted, not measured on a GPU; --accumulate overrides what follows from it.
-MEMORY = {("resnet50", 16): 18, ("resnet50", 8): 33, ("resnet101", 16): 24, ("resnet101", 8): 58}
+# GiB at the peak of a step with 16 + 16 crops of 513 in bf16, as docs/memory.py computes them.
+MEMORY = {("resnet50", 16): 17.2, ("resnet50", 8): 29.3, ("resnet101", 16): 22.5, ("resnet101", 8): 49.3}
 # What a run's log and its pseudo-labels say of it, and the names of these columns.
 LOGGED = {"hardness_mean": "gamma", "confident": "confident", "cutmix": "CutMix fired"}
 RIGHT = {"right": "right", "right_easiest": "of the easiest", "right_hardest": "of the hardest"}
 
 
 def accumulation(settings, ranks, memory):
-    """The smallest --accumulate with which the settings of a run fit into GPUs of `memory` GiB."""
+    """The smallest --accumulate with which the settings of a run fit into GPUs of `memory` GiB: 1.15
+    times the computed peak leaves room for what it does not count."""
     images = settings.batch_size // ranks
-    need = (MEMORY.get((settings.backbone, settings.output_stride), 0) * (settings.crop_size / 513) ** 2
-            * images / 16 / (3 if settings.supervised else 1))  # the student sees B_x, and two views of B_u
+    need = 1.15 * MEMORY.get((settings.backbone, settings.output_stride), 0) * images / 16
+    need *= (settings.crop_size / 513) ** 2
+    if settings.supervised:
+        need /= 3  # B_x alone, without two views of B_u
     fit = [n for n in range(1, images + 1) if images % n == 0 and need / n < memory]
     return fit[0] if fit else images
 
