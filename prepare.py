@@ -221,26 +221,32 @@ def check_palettes(data, palettes, found):
 def unused(data, pixels):
     """What lies in an own folder and is not used, or not as it seems to be meant: lines about masks, and
     lines about photographs, each with an example, a count, and what to do."""
-    photographs, mask_folder = data.folders
     owners = {IMAGE_WORDS.sub("", name).lower(): name for name in sorted(data.images, key=len, reverse=True)}
 
-    def owner(stem):  # the image whose mask a file of this stem seems to be
+    def owner(stem):  # the image whose mask a file of this stem seems to be, or None
         return owners.get(MASK_WORDS.sub("", stem).lower())
 
+    of_masks, of_photographs = (a + b for a, b in zip(misused(data, pixels, owner), unread(data, owner)))
+    if data.folders[1].name == MASK_FOLDERS[0]:
+        of_masks += outdated(data)
+    return of_masks[:4], of_photographs[:4]
+
+
+def misused(data, pixels, owner):
+    """unused(): files that are read, or listed, otherwise than they seem to be meant."""
     def about(names, files, text):
         return [f"{files[names[0]]}: {len(names)} {text}"] if names else []
 
     copies = [name for name, path in data.images.items()
               if path.suffix.lower() == ".png" and owner(name) not in (None, name)]
     strays = sorted(data.masks.keys() - data.images.keys(), key=lambda name: (not owner(name), name))
+    masked, meant = (owner(names[0]) if names else None for names in (copies, strays))
     one_class = [name for name in pixels if len({*np.flatnonzero(pixels[name])} - {IGNORE}) == 1]
     white = [name for name in one_class if pixels[name][IGNORE]]
-    unlisted = sorted(data.images.keys() - {*data.train, *data.val})
-    masked, meant = (owner(names[0]) if names else None for names in (copies, strays))
     of_masks = about(
         copies, data.images, "files like this one look like masks, and are read as photographs; if they are "
         "masks, move them " + ("elsewhere" if masked in data.masks else
-                               f"into {mask_folder}/, this one as {masked}.png, and so on"))
+                               f"into {data.folders[1]}/, this one as {masked}.png, and so on"))
     of_masks += about(
         strays, data.masks, "masks like this one have no image of their name; a mask needs the stem of its "
         "image" + (f": call this one {meant}.png, and so on" if meant else ""))
@@ -251,9 +257,16 @@ def unused(data, pixels):
         [name for name in one_class if name not in white], data.masks, "masks like this one hold one class "
         "alone; if nobody annotated these, remove them, and their images are unlabelled")
     of_photographs += about(
-        unlisted, data.images, "photographs like this one are on no list in ImageSets/Segmentation; to train "
-        "on them, add them to its train.txt")
-    groups, used = {}, {*data.images.values(), *data.masks.values()}
+        sorted(data.images.keys() - {*data.train, *data.val}), data.images, "photographs like this one are "
+        "on no list in ImageSets/Segmentation; to train on them, add them to its train.txt")
+    return of_masks, of_photographs
+
+
+def unread(data, owner):
+    """unused(): files that are not read, a line for those of a folder and a suffix."""
+    photographs, masks = data.folders
+    of_masks, of_photographs, groups = [], [], {}
+    used = {*data.images.values(), *data.masks.values()}
     for path in sorted(data.root.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(data.root).parts)
         if not hidden and path not in used and path.is_file() and path.name not in SYSTEM_FILES:
@@ -264,30 +277,28 @@ def unused(data, pixels):
         if not among_images:
             paths = [path for path in paths if normalize("NFC", path.stem) not in data.masks]
         like_masks = not among_images and 2 * sum(bool(owner(path.stem)) for path in paths) > len(paths)
-        if among_masks or (like_masks and suffix in IMAGE_SUFFIXES):
-            lines, remedy = of_masks, (
-                f"if they are masks, move them into {mask_folder}/" if suffix == ".png" else
-                data.conversion() if suffix in LOSSLESS and among_masks else
-                f"if they are masks, export them again, as PNGs, into {mask_folder}/"
-                + ": JPEG changes ids" * (suffix in IMAGE_SUFFIXES))
+        lines = of_masks if among_masks or (like_masks and suffix in IMAGE_SUFFIXES) else of_photographs
+        if lines is of_masks:
+            remedy = (f"if they are masks, move them into {masks}/" if suffix == ".png" else
+                      data.conversion() if suffix in LOSSLESS and among_masks else
+                      f"if they are masks, export them again, as PNGs, into {masks}/"
+                      + ": JPEG changes ids" * (suffix in IMAGE_SUFFIXES))
+        elif suffix in IMAGE_SUFFIXES:
+            remedy = f"to train on them, move them into {photographs}/, each under a name of its own"
+        elif suffix in (".json", ".xml", ".txt"):
+            remedy = "masks are read, not annotations: export index PNGs of them"
         else:
-            lines, remedy = of_photographs, (
-                f"to train on them, move them into {photographs}/, each under a name of its own"
-                if suffix in IMAGE_SUFFIXES else
-                "masks are read, not annotations: export index PNGs of them"
-                if suffix in (".json", ".xml", ".txt") else
-                "if they are photographs, " + (
-                    "convert them to JPEG" if suffix else f"call this one {paths[0].name}.jpg, and so on"))
+            remedy = "if they are photographs, " + (
+                "convert them to JPEG" if suffix else f"call this one {paths[0].name}.jpg, and so on")
         if paths and (among_images or among_masks or suffix in IMAGE_SUFFIXES | HEIC_SUFFIXES):
             lines.append(f"{folder}: {len(paths)} files {suffix or 'without suffix'} ({paths[0].name} for "
                          f"one) are not read; {remedy}")
-    if mask_folder.name == MASK_FOLDERS[0]:
-        of_masks.extend(outdated(data, mask_folder))
-    return of_masks[:4], of_photographs[:4]
+    return of_masks, of_photographs
 
 
-def outdated(data, final):
+def outdated(data):
     """[a line], if a mask is newer than what --convert made of it."""
+    final = data.folders[1]
     for name, path in originals(data.root)[1].items():
         made = final / f"{name}.png"
         if path.stat().st_mtime > (made if made.exists() else final).stat().st_mtime:
