@@ -402,6 +402,8 @@ def read_list(path):
     twice = sorted(name for name in set(ids) if ids.count(name) > 1) if len(set(ids)) < len(ids) else []
     if twice:
         raise InputError(f"{path}: ids listed twice: {short_list(twice)}; keep one line of each")
+    if not ids:
+        raise InputError(f"{path}: is empty; write an id a line")
     return ids
 
 

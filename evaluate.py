@@ -290,8 +290,6 @@ def listed_ids(path, data, state):
     if unknown:
         raise InputError(f"--list {path}: {len(unknown)} ids have no image with a mask under --data-root: "
                          f"{short_list(unknown)}; take them off the list, or give their --data-root")
-    if not names:
-        raise InputError(f"--list {path}: is empty; write an id a line")
     seen = sorted(set(names).intersection(state.get("lists", {}).get("labelled", [])))
     if seen:
         say(f"{len(seen)} of the {len(names)} listed images were labelled in training: {short_list(seen)}")
