@@ -130,7 +130,7 @@ class Run:
                 self.teacher.load_state_dict(state["teacher"])
                 self.optimizer.load_state_dict(state["optimizer"])
                 self.start, self.best, self.rows = state["iteration"], state["best"], state["rows"]
-                self.validation_due = state["validation_due"]
+                self.validation_due = state.get("validation_due", False)
                 self.args.iters, sizes = state["settings"]["iters"], state["log_sizes"]
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path}: not the last checkpoint of this run "
