@@ -250,7 +250,8 @@ def kill_randomly(processes, rng):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks, flags, times", [  # ranks and their loaders take many seconds to start
-    (1, "", 10), (1, "--workers 2", 10), (2, "", 5), (2, "--workers 2", 2), (1, "--supervised --workers 2", 3)])
+    (1, "", 10), (1, "--workers 2", 10), (2, "", 5), (2, "--workers 2", 2),
+    (1, "--supervised --workers 2", 3)])
 def test_a_run_killed_at_random_moments_ends_in_the_same_bits(tmp_path, ranks, flags, times):
     # Every other iteration is saved, and every sixth validated, so the kills hit either at work.
     arguments = [*SHORT, "--iters", 30, "--checkpoint-every", 2, *flags.split()]
