@@ -7,6 +7,7 @@ from one iteration to the next, so a run can resume anywhere, on any number of r
 """
 
 import math
+import os
 import re
 import shlex
 import signal
@@ -15,7 +16,7 @@ import unicodedata
 import warnings
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from multiprocessing import resource_tracker
 from pathlib import Path
 
@@ -570,8 +571,9 @@ def loaded(dataset, workers, **options):
     if context:
         resource_tracker.ensure_running()  # its start would unblock the signals
     with loader_signals():
-        items = iter(torch.utils.data.DataLoader(dataset, num_workers=workers,
-                                                 multiprocessing_context=context, **options))
+        items = iter(torch.utils.data.DataLoader(
+            dataset, num_workers=workers, multiprocessing_context=context,
+            worker_init_fn=partial(end_if_orphaned, os.getpid()), **options))
     try:
         yield from items
     except InputError as error:  # a loader process puts its traceback before the message
@@ -584,6 +586,12 @@ def loaded(dataset, workers, **options):
         raise InputError(f"a loader process died ({reason}); lower --workers, or free memory") from None
     finally:
         del items
+
+
+def end_if_orphaned(parent, _):
+    """End a loader process whose parent was killed while it started: torch looks only from then on."""
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 @contextmanager

@@ -306,6 +306,9 @@ def open_all(args, device):
             raise InputError(f"--beside {args.beside}: goes with --pictures DIR, and with a checkpoint of "
                              f"the same classes")
         networks = [other, network]
+    if args.data_root and state["settings"]["dataset"] == "shapes":
+        raise InputError(f"--data-root {args.data_root}: {args.checkpoint} was trained on shapes, which are "
+                         f"drawn; leave the flag out")
     data = open_data(state["settings"]["dataset"], args.data_root or state["settings"]["data_root"])
     if list(data.classes) != list(state["classes"]):
         raise InputError(f"{args.checkpoint}: trained on the classes {short_list(state['classes'])}, "

@@ -296,6 +296,15 @@ def test_loading_works_without_signal_masks_as_on_windows(monkeypatch):
     assert len(list(training_batches(draws(), range(4), 0, 2, workers=1))) == 2
 
 
+def test_a_loader_process_whose_parent_is_gone_ends(monkeypatch):
+    monkeypatch.setattr(data.os, "_exit", lambda code: ended.append(code))
+    ended = []
+    data.end_if_orphaned(data.os.getppid(), 0)
+    assert not ended
+    data.end_if_orphaned(data.os.getppid() + 1, 0)
+    assert ended == [1]
+
+
 def test_an_epoch_sees_every_unlabelled_image_once_and_labelled_ones_in_turn():
     few = draws(labelled=["train_000", "train_016", "train_032"],
                 unlabelled=[f"train_{i:03d}" for i in range(1, 9)])

@@ -640,7 +640,7 @@ def test_a_checkpoint_of_another_data_set_is_refused(finished, tmp_path):
     result = launch(tmp_path / "other.pth", script="evaluate.py")
     assert result.returncode == 2 and "other.pth: does not fit its own settings" in result.stderr
     result = launch(out / "last.pth", "--data-root", tmp_path, script="evaluate.py")
-    assert result.returncode == 0  # the embedded data set has no root
+    assert result.returncode == 2 and "shapes, which are drawn; leave the flag out" in result.stderr
     torch.save(state | {"settings": state["settings"] | {"dataset": "custom"}}, tmp_path / "custom.pth")
     result = launch(tmp_path / "custom.pth", "--data-root", custom(tmp_path / "data"), script="evaluate.py")
     assert result.returncode == 2 and "trained on the classes background, rings" in result.stderr
