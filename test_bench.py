@@ -55,12 +55,14 @@ def test_the_flags_of_train_py_are_taken():
     assert "crop 32, 4 + 4 in 2, fp32" in done.stdout and "step / plain training" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_folder_of_ones_own_and_one_section(photographs):
     done = run("--only", "loader", "--data-root", photographs, "--loader-crop", 64, "--repeats", 1)
     assert done.returncode == 0, done.stderr
     assert "loader, labelled" in done.stdout and "step" not in done.stdout.split("quartiles")[1]
 
 
+@pytest.mark.slow
 def test_input_that_cannot_be_used_is_one_line(tmp_path):
     for flag, value in (("--data-root", tmp_path), ("--crop-size", 1)):
         done = run("--only", "loader", flag, value)

@@ -270,6 +270,7 @@ def children():
     return [type(process).__name__ for process in multiprocessing.active_children()]
 
 
+@pytest.mark.slow
 def test_loader_processes_end_with_the_loop_and_are_spawned_beside_other_ranks(monkeypatch):
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
@@ -344,6 +345,7 @@ def report(*arguments):
                           capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_report_of_a_good_and_a_bad_folder(tmp_path):
     root = custom(tmp_path)
     good = report("--dataset", "custom", "--data-root", root)

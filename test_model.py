@@ -290,6 +290,7 @@ NO_RESNET = r"no ResNet by torchvision's names \(layer1.0.conv1.weight and so on
     (lambda path: torch.save({"conv1.weight": torch.zeros(1)}, path), NO_RESNET),
     (lambda path: torch.save([1, 2], path), NO_RESNET),
 ])
+@pytest.mark.slow
 def test_weights_that_do_not_fit_say_what_they_are_and_what_would_do(tmp_path, monkeypatch, save, what):
     path = tmp_path / "weights.pth"
     save(path)

@@ -43,6 +43,7 @@ def finished(tmp_path_factory):
     return out, result
 
 
+@pytest.mark.slow
 def test_the_command_trains_validates_and_leaves_its_results(finished):
     out, result = finished
     assert {p.name for p in out.iterdir() if p.is_file()} == {
@@ -76,6 +77,7 @@ def test_evaluate_repeats_the_result_from_the_checkpoint_alone(finished, tmp_pat
     assert len(list((tmp_path / "pictures").glob("val_*.png"))) == 128
 
 
+@pytest.mark.slow
 def test_the_same_command_again_reports_the_finished_run(finished):
     out, result = finished
     before = (out / "last.pth").stat().st_mtime_ns
@@ -222,6 +224,7 @@ def test_a_run_stopped_anywhere_also_while_it_validates_ends_in_the_same_bits(tm
     assert [r["iteration"] for r in lines(out)] == [4, 6, 8, 12, 12]
 
 
+@pytest.mark.slow
 def test_a_hangup_that_is_ignored_stays_ignored(tmp_path):  # as under nohup
     moments = {0: ("ignored", 1, signal.SIGHUP)}
     assert exit_codes(start([*TINY, "--iters", 2, "--out", tmp_path / "out"], moments=moments)) == [0]
