@@ -140,6 +140,28 @@ def test_a_failed_cell_is_named_and_the_others_go_on(tmp_path):
     assert "| lambda_u 5 |  | 1 |" in result.stdout
 
 
+def test_the_tables_hold_means_spreads_and_each_seed(tmp_path, capsys):
+    for seed, miou in ((3, 0.5), (4, 0.6)):  # two finished runs, whose folders hold what is read
+        run = tmp_path / f"tau_0.5-{seed}"
+        run.mkdir()
+        (run / "evidence.json").write_text('{"seconds": 10}')
+        trained = {"loss": 1, "hardness_mean": 0.25, "confident": 0.5, "cutmix": 1}
+        validated = {"miou_teacher": miou, "miou_student": 0.1}
+        (run / "metrics.jsonl").write_text(f"{json.dumps(trained)}\n{json.dumps(validated)}\n")
+        (run / "result.txt").write_text(f"          teacher   student\nrings{10 * seed:12.2f}      1.00\n")
+    with pytest.raises(SystemExit) as ended:
+        evidence.main(["--rows", "tau", "--only", "tau 0.5", "--seeds", "2", "--first-seed", "3", "--classes",
+                       "rings", "--out", str(tmp_path)])
+    assert not ended.value.code
+    header, rule, row, *by_seed = capsys.readouterr().out.splitlines()
+    found = dict(zip(*([cell.strip() for cell in line.split("|")[1:-1]] for line in (header, row))))
+    # The spread is that of a sample: 5 and 5 around the mean, divided by 2 - 1 = 1.
+    assert found["seeds"] == "2" and found["teacher mIoU"] == "55.0 ± 7.1" and found["rings"] == "35.0 ± 7.1"
+    assert found["gamma"] == "0.25" and found["s a run"] == "10"
+    assert by_seed == ["", "| teacher mIoU, by seed | 3 | 4 |", "|---|---|---|", "| tau 0.5 | 50.0 | 60.0 |",
+                       "", "| rings, by seed | 3 | 4 |", "|---|---|---|", "| tau 0.5 | 30.0 | 40.0 |"]
+
+
 @pytest.mark.slow
 def test_ctrl_c_stops_the_run_and_those_behind_it_and_the_same_command_resumes(tmp_path):
     command = [sys.executable, ROOT / "docs" / "evidence.py", "--rows", "tau", "--out", tmp_path,

@@ -2,7 +2,7 @@
 
     python docs/evidence.py --rows table4 fig3a readings --seeds 3 --jobs 2
     python docs/evidence.py --rows labels --seeds 5 --classes rings rows columns checker
-    python docs/evidence.py --rows camvid --seeds 1 --data-root PATH/TO/camvid
+    python docs/evidence.py --rows camvid camvid160 --seeds 3 --data-root PATH/TO/camvid
     python docs/evidence.py --rows table1 --data-root data/voc --ranks 8 [--dry-run]
 
 Each run is the real command, in runs/evidence/ROW-SEED, where it leaves its folder (250 MB on shapes) and
@@ -43,6 +43,7 @@ STANDARD = "--loss standard --intensity standard --cutmix standard"
 CAMVID = ("--dataset custom --split 1_8 --weights none --backbone resnet18 --channels 64 --image-size "
           "96 --crop-size 48 --scale 0.75 1.25 --batch-size 8 --lr 0.03 --ema 0.99 --tau 0.7 "
           "--iters 1000 --eval-every 5")
+CAMVID160 = f"{CAMVID} --image-size 160 --crop-size 96 --batch-size 4 --iters 3000"  # the last one counts
 TABLE4 = {  # row: its flags, the paper's mIoU (VOC 1/8, ResNet-101)
     "supervised": ("--supervised", "72.1"),
     "standard loss": ("--loss standard --intensity none --cutmix none", "74.7"),
@@ -66,8 +67,9 @@ GROUPS = {
     "labels": {"HagSeg": "", **{f"HagSeg, {which} added": f"--split {{HagSeg}}/{which}.txt"
                                 for which in ("hardest", "random", "easiest")}},
 }
-GROUPS["camvid"] = {f"CamVid {row}": f"{CAMVID} {flags}" for group in ("table4", "fig3a", "readings")
-                    for row, flags in GROUPS[group].items()}
+for key, name, settings in (("camvid", "CamVid", CAMVID), ("camvid160", "CamVid160", CAMVID160)):
+    GROUPS[key] = {f"{name} {row}": f"{settings} {flags}" for group in ("table4", "fig3a", "readings")
+                   for row, flags in GROUPS[group].items()}
 GROUPS["camvid_labels"] = {f"CamVid {row}": f"{CAMVID} {flags.replace('{', '{CamVid ')}"
                            for row, flags in GROUPS["labels"].items()}
 
@@ -274,16 +276,22 @@ def main(argv=None):
     columns["seconds"] = "s a run"
     print(f"| row | the paper's | seeds | {' | '.join(columns.values())} |\n"
           + "|---" * (len(columns) + 3) + "|")
-    for row in rows:
-        results = []
-        for seed in seeds:
-            try:
-                results.append(done[row, seed].result())
-            except subprocess.CalledProcessError as error:
-                failed = True
-                print(f"{row}, seed {seed}: {shlex.join(map(str, error.cmd))} ended with "
-                      f"{error.returncode}; see {folder(row, seed, args)}.log", file=sys.stderr)
-        print(table_row(row, results, columns))
+    found = {row: {} for row in rows}
+    for row, seed in calls:
+        try:
+            found[row][seed] = done[row, seed].result()
+        except subprocess.CalledProcessError as error:
+            failed = True
+            print(f"{row}, seed {seed}: {shlex.join(map(str, error.cmd))} ended with "
+                  f"{error.returncode}; see {folder(row, seed, args)}.log", file=sys.stderr)
+    for row, results in found.items():
+        print(table_row(row, list(results.values()), columns))
+    for name in ("teacher", *args.classes) if len(seeds) > 1 else ():
+        print(f"\n| {columns[name]}, by seed | {' | '.join(map(str, seeds))} |\n"
+              + "|---" * (len(seeds) + 1) + "|")
+        for row, results in found.items():
+            cells = (f"{results[seed][name]:.1f}" if seed in results else "" for seed in seeds)
+            print(f"| {row} | {' | '.join(cells)} |")
     sys.exit(failed)
 
 
