@@ -150,17 +150,18 @@ def check_files(data, masked, unmasked=()):
 
 
 def demand_whole(image, path):
-    """Raise InputError for a JPEG or PNG that breaks off, as its end tells."""
+    """Raise InputError for a photograph that breaks off: a JPEG or PNG by its end, others by decoding."""
     mark = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}.get(image.format)
-    if mark:
-        with reading(path), open(path, "rb") as file:
-            for length in (16, 1 << 16):  # cameras append things of their own
-                file.seek(max(0, os.fstat(file.fileno()).st_size - length))
-                end = file.read()
-                if end.rfind(mark) > end.rfind(b"\xff\xda"):  # a thumbnail's is before the scan
-                    return
-            image.draft(None, (1, 1))
-            image.load()
+    if not image.format:  # drawn, or turned and so decoded already
+        return
+    with reading(path), open(path, "rb") as file:
+        for length in (16, 1 << 16) if mark else ():  # cameras append things of their own
+            file.seek(max(0, os.fstat(file.fileno()).st_size - length))
+            end = file.read()
+            if end.rfind(mark) > end.rfind(b"\xff\xda"):  # a thumbnail's is before the scan
+                return
+        image.draft(None, (1, 1))
+        image.load()
 
 
 def check_classes(data, part, names, needed, found):

@@ -459,6 +459,9 @@ CASES = {
     "cut short, PNG": (both(instead(scene(9)[0], "p09.png"), lambda root: write(
         root / "images/p09.png", (root / "images/p09.png").read_bytes()[:-99])), "p09.png: cannot be read",
         remove("images/p09.png")),
+    **{f"cut short, {kind}": (both(instead(scene(9)[0], f"p09.{kind}"), lambda root, kind=kind: write(
+        root / f"images/p09.{kind}", (root / f"images/p09.{kind}").read_bytes()[:-30])),
+        f"p09.{kind}: cannot be read", remove(f"images/p09.{kind}")) for kind in ("bmp", "tif", "webp")},
     "padded": (files(lambda image: image + bytes(9999), "images/p09.jpg"), None),
     "empty": (files(b"", "images/p09.jpg"), r"p09.jpg: cannot be read \(not an image\); replace or remove it",
               remove("images/p09.jpg")),
