@@ -7,16 +7,18 @@ from one iteration to the next, so a run can resume anywhere, on any number of r
 """
 
 import math
+import multiprocessing
 import os
 import re
 import shlex
 import signal
 import sys
+import threading
 import unicodedata
 import warnings
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 from multiprocessing import resource_tracker
 from pathlib import Path
 
@@ -562,18 +564,20 @@ def loaded(dataset, workers, **options):
     generator, and until then leave the signals that stop a run to the process that they load for.
     Raises the InputError of an item as one line, and another for a process that died.
 
-    Beside other ranks they are spawned, as DDP's documentation asks: a fork beside the threads of gloo
-    can inherit a lock of Python's that nobody there lets go of, and hang. Spawned, they import the
-    script, which so needs its `if __name__ == "__main__"`.
+    Beside other ranks they come from a fork server, as DDP's documentation asks: a fork beside the
+    threads of gloo can inherit a lock of Python's that nobody there lets go of, and hang. They import
+    the script, which so needs its `if __name__ == "__main__"`.
     """
     distributed = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
-    context = "spawn" if workers and distributed else None
-    if context:
+    context = None
+    if workers and distributed:
+        context = "forkserver" if hasattr(os, "fork") else "spawn"  # Windows
+        multiprocessing.set_forkserver_preload(["torchvision"])  # once, and not once a process
         resource_tracker.ensure_running()  # its start would unblock the signals
     with loader_signals():
         items = iter(torch.utils.data.DataLoader(
             dataset, num_workers=workers, multiprocessing_context=context,
-            worker_init_fn=partial(end_if_orphaned, os.getpid()), **options))
+            worker_init_fn=end_with_parent, **options))
     try:
         yield from items
     except InputError as error:  # a loader process puts its traceback before the message
@@ -588,10 +592,11 @@ def loaded(dataset, workers, **options):
         del items
 
 
-def end_if_orphaned(parent, _):
-    """End a loader process whose parent was killed while it started: torch looks only from then on."""
-    if os.getppid() != parent:
-        os._exit(1)
+def end_with_parent(_):
+    """End a loader process when the process that it loads for has ended, were it killed. (torch asks for
+    the process that it was forked by, which may be the server.)"""
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: parent.join() or os._exit(1), daemon=True).start()
 
 
 @contextmanager

@@ -159,7 +159,7 @@ def load_rgb(data, name):
 
 def validation_images(data, workers, endless=False):
     """Yields (image, labels, id) of this rank's part of data.val, once or again and again. Several
-    ranks spawn their loader processes, which takes seconds, so a run has one such iterator."""
+    ranks' loader processes take seconds to start, so a run has one such iterator."""
     names = data.val[rank()::world_size()]
     order = range(len(names))
     return loaded(ValidationImages(data, names), workers, batch_size=None,

@@ -3,6 +3,7 @@
 import multiprocessing
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -270,21 +271,52 @@ def children():
     return [type(process).__name__ for process in multiprocessing.active_children()]
 
 
-@pytest.mark.slow
-def test_loader_processes_end_with_the_loop_and_are_spawned_beside_other_ranks(monkeypatch):
+def beside_another_rank():
+    """Batches as a process loads them that has another rank beside it."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.distributed, "get_world_size", lambda: 2)
+        yield from training_batches(draws(), range(4), 0, 6, workers=2)
+
+
+@pytest.mark.slow
+def test_loader_processes_end_with_the_loop_and_come_from_a_server_beside_other_ranks():
+    batches = beside_another_rank()
     try:
-        batches = training_batches(draws(), range(4), 0, 6, workers=1)
         assert same(next(batches), next(training_batches(draws(), range(4), 0, 1, workers=0)))
-        assert children() == ["SpawnProcess"]
+        assert children() == ["ForkServerProcess"] * 2
     finally:
         torch.distributed.destroy_process_group()
     batches.close()
     assert children() == []
 
 
-def test_one_rank_spawns_no_loader_processes(monkeypatch):
+LOADING = """
+import multiprocessing, os, sys
+sys.path.insert(0, {here!r})
+from test_data import beside_another_rank, training_batches, draws
+if __name__ == "__main__":
+    batches = beside_another_rank() if {ranks} > 1 else training_batches(draws(), range(4), 0, 6, workers=2)
+    next(batches)
+    print(*(process.pid for process in multiprocessing.active_children()), file=open("pids", "w"), flush=True)
+    os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_loader_processes_end_when_the_process_they_load_for_is_killed(tmp_path, ranks):
+    script = tmp_path / "loading.py"
+    script.write_text(LOADING.format(here=str(HERE), ranks=ranks))
+    assert subprocess.run([sys.executable, script], cwd=tmp_path).returncode == -9
+    pids, deadline = (tmp_path / "pids").read_text().split(), time.monotonic() + 20
+    assert len(pids) == 2
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_one_rank_forks_its_loader_processes(monkeypatch):
     made = []
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
@@ -295,15 +327,6 @@ def test_one_rank_spawns_no_loader_processes(monkeypatch):
 def test_loading_works_without_signal_masks_as_on_windows(monkeypatch):
     monkeypatch.delattr(data.signal, "pthread_sigmask")
     assert len(list(training_batches(draws(), range(4), 0, 2, workers=1))) == 2
-
-
-def test_a_loader_process_whose_parent_is_gone_ends(monkeypatch):
-    monkeypatch.setattr(data.os, "_exit", lambda code: ended.append(code))
-    ended = []
-    data.end_if_orphaned(data.os.getppid(), 0)
-    assert not ended
-    data.end_if_orphaned(data.os.getppid() + 1, 0)
-    assert ended == [1]
 
 
 def test_an_epoch_sees_every_unlabelled_image_once_and_labelled_ones_in_turn():

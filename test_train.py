@@ -407,9 +407,8 @@ def test_nothing_depends_on_ranks_workers_or_accumulation(tmp_path):
     # With BatchNorm in evaluation mode: its own statistics are those of a rank's share on a CPU.
     script = tmp_path / "frozen.py"
     script.write_text(FROZEN.format(here=str(HERE)))
-    runs = {"one": ([], None), "two": (["--workers", 1], 2), "four": ([], 4),
-            "workers": (["--workers", 2], None), "parts": (["--accumulate", 2], None),
-            "parts2": (["--accumulate", 2], 2)}
+    runs = {"one": ([], None), "two": (["--workers", 1, "--accumulate", 2], 2), "four": ([], 4),
+            "workers": (["--workers", 2], None), "parts": (["--accumulate", 2], None)}
     run = lambda name: launch(*TINY, "--iters", 4, "--out", tmp_path / name, "--log-every", 1, "--lr",
                               0.001, *runs[name][0], ranks=runs[name][1], script=script)
     with ThreadPoolExecutor(2) as pool:
@@ -417,7 +416,7 @@ def test_nothing_depends_on_ranks_workers_or_accumulation(tmp_path):
             assert result.returncode == 0, result.stderr
     table = lambda name: [line.rsplit(",", 1) for line in
                           (tmp_path / name / "hardness.csv").read_text().splitlines()]
-    for name in ("two", "four", "workers", "parts", "parts2"):
+    for name in ("two", "four", "workers", "parts"):
         assert [place for place, _ in table(name)] == [place for place, _ in table("one")]
         np.testing.assert_allclose([float(gamma) for _, gamma in table(name)],
                                    [float(gamma) for _, gamma in table("one")], atol=2e-4)
