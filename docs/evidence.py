@@ -63,9 +63,11 @@ GROUPS = {
     # With lambda_u 3 and tau 0.95 it is the row HagSeg.
     "lambda": {f"lambda_u {value}": f"--lambda-u {value}" for value in (0.5, 1, 5)},
     "tau": {f"tau {value}": f"--tau {value}" for value in (0.5, 0.7, 0.85)},
-    # As many labels again as HagSeg's run had, chosen by its gamma; then anew from the same start.
+    # As many labels again as HagSeg's run had, chosen by its gamma; then anew from the same start, or on.
     "labels": {"HagSeg": "", **{f"HagSeg, {which} added": f"--split {{HagSeg}}/{which}.txt"
-                                for which in ("hardest", "random", "easiest")}},
+                                for which in ("hardest", "random", "easiest")},
+               "HagSeg, hardest added, trained on":
+                   "--split {HagSeg}/hardest.txt --weights {HagSeg}/best.pth"},
 }
 for key, name, settings in (("camvid", "CamVid", CAMVID), ("camvid160", "CamVid160", CAMVID160)):
     GROUPS[key] = {f"{name} {row}": f"{settings} {flags}" for group in ("table4", "fig3a", "readings")
