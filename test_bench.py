@@ -32,9 +32,10 @@ def run(*flags):
 
 @pytest.mark.slow
 def test_the_command_prints_every_section_and_ends_with_the_ratio():
-    done = run("--backbone", "resnet18", "--channels", 16, "--crop-size", 32, "--batch-size", 2,
-               "--loader-crop", 64, "--repeats", 2, "--only", *bench.SECTIONS)
+    done = run("--backbone", "resnet18", "--channels", 16, "--crop-size", 32, "--batch-size", 4,
+               "--accumulate", 2, "--loader-crop", 64, "--repeats", 2, "--only", *bench.SECTIONS)
     assert done.returncode == 0, done.stderr
+    assert "crop 32, 4 + 4 in 2, fp32" in done.stdout
     *lines, last = done.stdout.splitlines()
     assert float(re.fullmatch(r"step/network (\d+\.\d{3})", last)[1]) > 0
     names = [re.split(r"\s{2,}", line.strip())[0] for line in lines]
@@ -48,26 +49,20 @@ def test_the_command_prints_every_section_and_ends_with_the_ratio():
 
 
 @pytest.mark.slow
-def test_the_flags_of_train_py_are_taken():
-    done = run("--only", "step", "memory", "--backbone", "resnet18", "--channels", 16, "--crop-size", 32,
-               "--batch-size", 4, "--accumulate", 2, "--repeats", 2)
-    assert done.returncode == 0, done.stderr
-    assert "crop 32, 4 + 4 in 2, fp32" in done.stdout and "step / plain training" in done.stdout
-
-
-@pytest.mark.slow
 def test_a_folder_of_ones_own_and_one_section(photographs):
     done = run("--only", "loader", "--data-root", photographs, "--loader-crop", 64, "--repeats", 1)
     assert done.returncode == 0, done.stderr
     assert "loader, labelled" in done.stdout and "step" not in done.stdout.split("quartiles")[1]
 
 
-@pytest.mark.slow
-def test_input_that_cannot_be_used_is_one_line(tmp_path):
-    for flag, value in (("--data-root", tmp_path), ("--crop-size", 1)):
-        done = run("--only", "loader", flag, value)
-        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-        assert str(value) in done.stderr
+@pytest.mark.parametrize("flag", ["--data-root", "--crop-size"])
+def test_input_that_cannot_be_used_is_one_line(tmp_path, capsys, monkeypatch, flag):
+    monkeypatch.setattr(bench, "make_up_photographs", lambda folder: None)
+    value = {"--data-root": str(tmp_path), "--crop-size": "1"}[flag]
+    with pytest.raises(SystemExit) as ended:
+        bench.main(["--only", "loader", flag, value])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and len(said.splitlines()) == 1 and value in said
 
 
 def test_the_loop_over_images_and_classes_is_eq_5_to_7():
