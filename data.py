@@ -601,8 +601,9 @@ def end_with_parent(_):
 
 @contextmanager
 def loader_signals():
-    """Processes started within it inherit that the signals which stop a run are blocked. A loader's
-    death is noticed when its next item is asked for, and not, as torch has it, at any line of code."""
+    """Processes started within it, or by a fork server that was, inherit that the signals which stop a run
+    are blocked. A loader's death is noticed when its next item is asked for, and not, as torch has it, at
+    any line of code."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
