@@ -6,7 +6,6 @@ Every random draw is a function of (seed, iteration, slot in the global batch): 
 from one iteration to the next, so a run can resume anywhere, on any number of ranks and workers.
 """
 
-import math
 import multiprocessing
 import os
 import re
@@ -19,6 +18,7 @@ import warnings
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
+from glob import glob
 from multiprocessing import resource_tracker
 from pathlib import Path
 
@@ -114,6 +114,7 @@ class SegmentationData:
 
     images, masks:  id -> file. An unlabelled image has no mask.
     train, val:     sorted ids; `labelled` are those of train that a split may take as labelled.
+    test:           own data: ids in a folder test/, for evaluate.py --list alone.
     label_ids:      a table of 256 from the ids in the mask files to the training ids, or None.
     notes:          lines that say what was decided about this data set.
     dataset, root:  --dataset and --data-root, for commands in messages.
@@ -131,6 +132,7 @@ class SegmentationData:
     dataset: str = "shapes"
     root: Path | None = None
     folders: tuple | None = field(default=None, repr=False)
+    test: list = field(default_factory=list, repr=False)
 
     def image(self, name):
         """The photograph as a Pillow image, upright as its EXIF says. Decoded only when needed."""
@@ -141,13 +143,14 @@ class SegmentationData:
         colours [r, g, b, r, ...], or None. Raises InputError for what cannot be read or is in colour."""
         path = self.masks[name]
         with reading(path), Image.open(path) as picture:
-            labels, mode = np.array(picture), picture.mode
+            labels, mode = np.array(upright(picture)), picture.mode
             palette = picture.getpalette() if mode == "P" else None
         if labels.dtype == bool and (len(self.classes) == 2 or not labels.any()):
             labels = labels.astype(np.uint8)
-        if labels.ndim != 2 or labels.dtype == bool:
-            raise InputError(f"{path}: {'of one bit' if mode == '1' else 'a colour image'} ({mode}), not an "
-                             f"index PNG (one channel of class ids); {self.conversion('replace the mask')}")
+        if labels.ndim != 2 or labels.dtype.kind not in "ui" or labels.dtype == np.int32 and labels.min() < 0:
+            kind = {"1": "of one bit", "F": "of floats", "I": "of negative numbers"}
+            raise InputError(f"{path}: {kind.get(mode, 'a colour image')} ({mode}), not an index PNG (one "
+                             f"channel of class ids); {self.conversion('replace the mask')}")
         if self.label_ids is not None:
             labels = np.where(labels > IGNORE, labels, self.label_ids[labels.clip(max=IGNORE)])
         return labels, palette
@@ -179,17 +182,23 @@ def command(script, dataset, root, *options):
 def open_photograph(path):
     """A Pillow image, upright, and not decoded yet unless it had to be turned. Raises InputError."""
     with reading(path):
-        image, orientation = Image.open(path), None
+        image = Image.open(path)
         if image.mode[0] in "IF":
             raise InputError(f"{path}: has more than 8 bits a channel ({image.mode}); convert it to 8 bits")
-        if "exif" in image.info or image.format == "TIFF":  # of others, getexif decodes the image
-            with suppress(Exception):  # an EXIF that cannot be read says nothing
-                orientation = image.getexif().get(ExifTags.Base.Orientation)
-        if orientation in TURNS and image.format == "TIFF":
-            image.load()  # it turns itself
-        elif orientation in TURNS:
-            image = image.transpose(Image.Transpose(TURNS[orientation]))  # exif_transpose rewrites the EXIF
-        return image
+        return upright(image)
+
+
+def upright(image):
+    """An open Pillow image, turned as its EXIF says."""
+    orientation = None
+    if "exif" in image.info or image.format == "TIFF":  # of others, getexif decodes the image
+        with suppress(Exception):  # an EXIF that cannot be read says nothing
+            orientation = image.getexif().get(ExifTags.Base.Orientation)
+    if orientation in TURNS and image.format == "TIFF":
+        image.load()  # it turns itself
+    elif orientation in TURNS:
+        image = image.transpose(Image.Transpose(TURNS[orientation]))  # exif_transpose rewrites the EXIF
+    return image
 
 
 @contextmanager
@@ -207,6 +216,8 @@ def unreadable(path, error):
     reason, remedy = (str(error) or type(error).__name__).splitlines()[0], "replace or remove it"
     if isinstance(error, FileNotFoundError):
         return f"{path}: " + ("a link to nothing; remove it" if path.is_symlink() else "no such file")
+    if isinstance(error, PermissionError):
+        reason, remedy = error.strerror, f"allow it: {shlex.join(['chmod', '-R', 'u+rwX', str(path)])}"
     if isinstance(error, UnicodeError):
         return f"{path}: not UTF-8; save it as UTF-8"
     if isinstance(error, Image.DecompressionBombError):
@@ -231,13 +242,16 @@ def open_data(dataset, root=None):
                              f"custom (or voc, voc_classic, cityscapes) with it")
         return Shapes()
     root = Path(root or PROTOCOLS[dataset].data_root)
-    if not root.is_dir():
+    if not os.path.isdir(root):  # Path.is_dir raises where a folder above cannot be read
         remedy = {"voc": f", or download it: {command('prepare.py', 'voc', root, '--download')}",
                   "cityscapes": ", with leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip from "
                                 "cityscapes-dataset.com unpacked in it"}
         raise InputError(f"--data-root {root}: no such folder; give the folder of {dataset}"
                          + remedy.get(dataset.removesuffix("_classic"), ""))
-    opened = {"cityscapes": open_cityscapes, "custom": open_custom}.get(dataset, open_voc)(root)
+    try:
+        opened = {"cityscapes": open_cityscapes, "custom": open_custom}.get(dataset, open_voc)(root)
+    except PermissionError as error:
+        raise InputError(unreadable(Path(error.filename), error)) from None
     opened.dataset, opened.root = dataset, root
     if dataset == "voc":
         opened.labelled = opened.train
@@ -314,26 +328,29 @@ def open_custom(root):
                          f"{command('prepare.py', 'custom', root, '--convert')}")
     classes = read_class_names(root / "class_names.txt")
     images, notes = stems(photographs, IMAGE_SUFFIXES), []
+    test = stems(photographs, IMAGE_SUFFIXES, test=True)
+    test = {name: test[name] for name in test.keys() - images.keys()}
     listed = root / "ImageSets" / "Segmentation"
     lists = {path.name.lower(): path for path in sorted(listed.glob("*"))}
     train_list, val_list = lists.get("train.txt"), lists.get("val.txt") or lists.get("validation.txt")
-    train = sorted(read_list(train_list) if train_list else images)
-    with_mask = [name for name in train if name in masks]
-    held_out = [name for name in with_mask if name in images and {"val", "valid", "validation"} & {
-        part.lower() for part in images[name].relative_to(photographs).parts[:-1]}]
+    train = sorted(read_list(train_list, images) if train_list else images)
+    held_out = sorted(name for name in images.keys() & masks.keys() if {"val", "valid", "validation"} & {
+        part.lower() for part in images[name].relative_to(photographs).parts[:-1]})
     if val_list:
-        val = read_list(val_list)
+        val = read_list(val_list, images)
     else:
-        drawn = np.random.default_rng(0).permutation(len(with_mask))[:math.ceil(len(with_mask) / 10)]
-        val = held_out or sorted(with_mask[i] for i in drawn)
-        notes = [f"no {listed / 'val.txt'}: {len(val)} of the {len(with_mask)} labelled images, "
-                 f"{'those of the folder val/' if held_out else 'drawn with a fixed seed'}, are kept for "
-                 f"validation"]
+        # By its name alone, so that an image stays where it is when other masks are added or removed.
+        draw = {name: np.random.default_rng([*name.encode()]).random() for name in train if name in masks}
+        tenth = min(sum(value < 0.1 for value in draw.values()), len(draw) // 5)
+        val = held_out or sorted(sorted(draw, key=draw.get)[:max(1, tenth)])
+        notes = [f"no {listed / 'val.txt'}: validation takes {len(val)} of the {len({*draw, *val})} labelled "
+                 f"images, {'those of the folder val/' if held_out else 'about a tenth, by their names'}"]
     if not val_list or not train_list:
         train = sorted({*train} - {*val})
-    return SegmentationData(classes, voc_palette(len(classes)), images, masks, train, val,
-                            [name for name in train if name in masks], notes=notes,
-                            folders=(photographs, mask_folder))
+    labelled = [name for name in train if name in masks]
+    masks |= {name: path for name, path in stems(mask_folder, test=True).items() if name in test}
+    return SegmentationData(classes, voc_palette(len(classes)), images | test, masks, train, val, labelled,
+                            notes=notes, folders=(photographs, mask_folder), test=sorted(test))
 
 
 def read_class_names(path):
@@ -341,6 +358,7 @@ def read_class_names(path):
     names = read_lines(path) if path.exists() else []
     while names and not names[-1]:
         names.pop()
+    comments = [name for name in names if re.match(r"#(\s|$)", name)]
     numbers = [int(number[1]) for name in names if (number := re.match(r"(\d+)(?:\W|$)", name))]
     if not names:
         other = [f"; or rename {name}, if it is that" for name in ("classes.txt", "labels.txt")
@@ -348,6 +366,8 @@ def read_class_names(path):
         text = f"missing or empty; write one class name a line, in the order of the ids{''.join(other[:1])}"
     elif "__ignore__" in names:
         text = "__ignore__ is 255 in the masks, and no class; remove its line"
+    elif comments:
+        text = f"'{comments[0]}' would be the name of a class; remove this line"
     elif not all(names) or not 2 <= len(names) <= IGNORE:
         text = (f"{len(names)} lines; from 2 to {IGNORE} are needed, one class name a line, none of them "
                 f"empty: a line's number, from 0, is its class id")
@@ -369,19 +389,26 @@ def read_lines(path):
         return [line.strip() for line in text.splitlines()]
 
 
-def stems(folder, suffixes=(".png",)):
-    """stem -> file, of the files in a folder with one of the suffixes, sorted; {} without folder.
+def files_in(folder, suffixes):
+    """The files of a folder with one of the suffixes, sorted; where it has none itself, those in its
+    subfolders and behind its links. Hidden ones are left out."""
+    if folder.is_dir():
+        os.listdir(folder)  # a PermissionError, which glob would leave out
+    for pattern in ("*", "**/*"):
+        found = sorted(folder / name for name in glob(pattern, root_dir=folder, recursive=True)
+                       if Path(name).suffix.lower() in suffixes and not (folder / name).is_dir())
+        if found:
+            break
+    return found
 
-    A folder that has none itself is read with its subfolders, but for test/. Stems are in Unicode's
-    form NFC, whatever the file system or a list uses.
-    """
-    def wanted(path):
-        *parents, name = path.relative_to(folder).parts
-        return (path.suffix.lower() in suffixes and "test" not in parents
-                and not any(part.startswith(".") for part in (*parents, name)))
 
+def stems(folder, suffixes=(".png",), test=False):
+    """stem -> file, of files_in(folder, suffixes), sorted, but for those in test/, or of those alone. Stems
+    are in Unicode's form NFC, whatever the file system or a list uses."""
     found = {}
-    for path in sorted(filter(wanted, folder.glob("*"))) or sorted(filter(wanted, folder.rglob("*"))):
+    for path in files_in(folder, suffixes):
+        if ("test" in map(str.lower, path.relative_to(folder).parts[:-1])) != test:
+            continue
         stem = unicodedata.normalize("NFC", path.stem)
         if re.search("[\n\ud800-\udfff]", stem):  # the latter: bytes that are no UTF-8
             raise InputError(f"{folder}: a file has the strange name {ascii(path.name)}; rename it")
@@ -392,16 +419,17 @@ def stems(folder, suffixes=(".png",)):
     return found
 
 
-def read_list(path):
-    """The ids in a list, one a line, in any form in use: bare ids, JPEGImages/ID.jpg with or without
-    its mask behind it, or leftImg8bit/train/CITY/ID_leftImg8bit.png. A # and a space open a comment."""
+def read_list(path, known=()):
+    """The ids in a list, one a line: one of the `known` ids as it stands, or any form in use: bare ids,
+    JPEGImages/ID.jpg with or without its mask behind it, or leftImg8bit/train/CITY/ID_leftImg8bit.png. A #
+    and a space open a comment."""
     ids = []
     for line in filter(None, read_lines(path)):
         if re.match(r"#(\s|$)", line):
             continue
         file = re.match(r"(.+?)\.(?:jpe?g|jfif|png|bmp|webp|tiff?)(?:\s|$)", line, re.IGNORECASE)
-        name = re.split(r"[/\\]", file[1] if file else line)[-1]
-        ids.append(unicodedata.normalize("NFC", name.removesuffix("_leftImg8bit")))
+        name = re.split(r"[/\\]", file[1] if file else line)[-1].removesuffix("_leftImg8bit")
+        ids.append(unicodedata.normalize("NFC", line if line in known else name))
     twice = sorted(name for name in set(ids) if ids.count(name) > 1) if len(set(ids)) < len(ids) else []
     if twice:
         raise InputError(f"{path}: ids listed twice: {short_list(twice)}; keep one line of each")
@@ -431,7 +459,7 @@ def split_ids(data, dataset, split):
     elif split is None:
         labelled = pool
     elif Path(split).is_file():
-        labelled = read_list(Path(split))
+        labelled = read_list(Path(split), data.images)
         unknown = sorted({*labelled} - {*data.train})
         held_out = sorted({*unknown} & {*data.val})
         if held_out:

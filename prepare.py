@@ -10,6 +10,7 @@ name only when it is complete. What the user has is read, never changed.
 
 import argparse
 import filecmp
+import itertools
 import os
 import re
 import shlex
@@ -21,6 +22,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from glob import glob
 from http.client import HTTPException
 from pathlib import Path
 from statistics import median
@@ -48,6 +50,7 @@ from data import (
     short_list,
     split_ids,
     stems,
+    upright,
     voc_palette,
 )
 
@@ -170,7 +173,9 @@ def check_classes(data, part, names, needed, found):
     held = [label for label, count in zip(data.classes, pixels) if count]
     absent = [label for label in data.classes if label not in held]
     if names and len(held) < needed:
-        remedy = data.conversion() if held and pixels[IGNORE] else ""
+        remedy = "" if not held or not pixels[IGNORE] else data.conversion() if not converted(data) else (
+            f"give what is ignored (black, where it has no line) a name in {data.root / 'labelmap.txt'}, and "
+            f"{anew(data)}")
         found.problems.append(
             f"the {part} masks, {data.masks[names[0]]} for one, hold {held[0] if held else 'nothing'} alone"
             + f", beside {IGNORE}, which is ignored" * bool(pixels[IGNORE])
@@ -228,9 +233,23 @@ def unused(data, pixels):
         return owners.get(MASK_WORDS.sub("", stem).lower())
 
     of_masks, of_photographs = (a + b for a, b in zip(misused(data, pixels, owner), unread(data, owner)))
-    if data.folders[1].name == MASK_FOLDERS[0]:
+    if converted(data):
         of_masks += outdated(data)
     return of_masks[:4], of_photographs[:4]
+
+
+def converted(data):
+    """Whether the masks are those that --convert made."""
+    return data.folders is not None and data.folders[1].name == MASK_FOLDERS[0]
+
+
+def anew(data):
+    """The remedy that converts all masks again, and keeps what was made of them."""
+    final = data.folders[1]
+    backups = (final.with_name(f"{final.name}.old{i}") for i in itertools.count(1))
+    old = next(path for path in backups if not path.exists())
+    return f"convert the masks anew: {shlex.join(['mv', str(final), str(old)])} && " + data.command(
+        "prepare.py", "--convert")
 
 
 def misused(data, pixels, owner):
@@ -258,34 +277,46 @@ def misused(data, pixels, owner):
         [name for name in one_class if name not in white], data.masks, "masks like this one hold one class "
         "alone; if nobody annotated these, remove them, and their images are unlabelled")
     of_photographs += about(
-        sorted(data.images.keys() - {*data.train, *data.val}), data.images, "photographs like this one are "
-        "on no list in ImageSets/Segmentation; to train on them, add them to its train.txt")
+        sorted(data.images.keys() - {*data.train, *data.val, *data.test}), data.images, "photographs like "
+        "this one are on no list in ImageSets/Segmentation; to train on them, add them to its train.txt")
+    of_photographs += about(data.test, data.images, "photographs in test/ are not trained on; evaluate.py "
+                            "takes a --list of them")
     return of_masks, of_photographs
 
 
 def unread(data, owner):
     """unused(): files that are not read, a line for those of a folder and a suffix."""
     photographs, masks = data.folders
+    source, raw = originals(data.root)
     of_masks, of_photographs, groups = [], [], {}
     used = {*data.images.values(), *data.masks.values()}
-    for path in sorted(data.root.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(data.root).parts)
-        if not hidden and path not in used and path.is_file() and path.name not in SYSTEM_FILES:
+    # Beside those that are read: where they lie in subfolders, the folder above must stay empty.
+    new_image = next(iter(data.images.values()), photographs / "x").parent
+    new_mask = next(iter((raw if converted(data) else data.masks).values()), masks / "x").parent
+    for path in sorted(map(data.root.joinpath, glob("**/*", root_dir=data.root, recursive=True))):
+        if path not in used and path.is_file() and path.name not in SYSTEM_FILES:
             groups.setdefault((path.parent, path.suffix.lower()), []).append(path)
     for (folder, suffix), paths in groups.items():
         among_images = photographs in (folder, *folder.parents)
         among_masks = any(data.root / name in (folder, *folder.parents) for name in MASK_FOLDERS)
+        is_source = source in (folder, *folder.parents)
         if not among_images:
-            paths = [path for path in paths if normalize("NFC", path.stem) not in data.masks]
+            again = [path for path in paths if normalize("NFC", path.stem) in data.masks]
+            paths = sorted({*paths} - {*again})
+            if again and among_masks and suffix == ".png" and not is_source:
+                of_masks.append(f"{folder}: {len(again)} masks are not read, as {masks} has masks of their "
+                                f"names; move away those that are wrong")
         like_masks = not among_images and 2 * sum(bool(owner(path.stem)) for path in paths) > len(paths)
         lines = of_masks if among_masks or (like_masks and suffix in IMAGE_SUFFIXES) else of_photographs
-        if lines is of_masks:
-            remedy = (f"if they are masks, move them into {masks}/" if suffix == ".png" else
-                      data.conversion() if suffix in LOSSLESS and among_masks else
-                      f"if they are masks, export them again, as PNGs, into {masks}/"
-                      + ": JPEG changes ids" * (suffix in IMAGE_SUFFIXES))
+        if lines is of_masks and is_source and (suffix in LOSSLESS or converted(data)):
+            remedy = data.conversion() if "test" not in map(str.lower, folder.parts) else (
+                "to evaluate on them, move them and their photographs to another folder, and convert there")
+        elif lines is of_masks:
+            remedy = "if they are masks, " + (
+                f"move them into {new_mask}/" if suffix == ".png" else f"export them again, as PNGs, into "
+                f"{new_mask}/" + ": JPEG changes ids" * (suffix[:3] in (".jp", ".jf")))
         elif suffix in IMAGE_SUFFIXES:
-            remedy = f"to train on them, move them into {photographs}/, each under a name of its own"
+            remedy = f"to train on them, move them into {new_image}/, each under a name of its own"
         elif suffix in (".json", ".xml", ".txt"):
             remedy = "masks are read, not annotations: export index PNGs of them"
         else:
@@ -298,14 +329,13 @@ def unread(data, owner):
 
 
 def outdated(data):
-    """[a line], if a mask is newer than what --convert made of it."""
+    """[a line], if a mask, or the label map, is newer than what --convert made of it."""
     final = data.folders[1]
-    for name, path in originals(data.root)[1].items():
-        made = final / f"{name}.png"
-        if path.stat().st_mtime > (made if made.exists() else final).stat().st_mtime:
-            again = f"{shlex.join(['mv', str(final), f'{final}.old'])} && " + data.command(
-                "prepare.py", "--convert")
-            return [f"{path}: newer than {final}; if it has changed, convert the masks anew: {again}"]
+    made = {path: final / f"{name}.png" for name, path in originals(data.root)[1].items()}
+    made[data.root / "labelmap.txt"] = next(iter(data.masks.values()))
+    for path, mask in made.items():
+        if path.exists() and path.stat().st_mtime > (mask if mask.exists() else final).stat().st_mtime:
+            return [f"{path}: newer than {final}; if it has changed, {anew(data)}"]
     return []
 
 
@@ -448,6 +478,9 @@ def convert_masks(root):
         raise InputError(f"{root}: no masks to convert in {'/, '.join(MASK_FOLDERS[1:])}/; give the folder "
                          f"that holds one of them as --data-root")
     found = colours_of(masks)
+    if len(found) == 1:
+        raise InputError(f"{folder}: its masks hold the colour {written(*found)} alone; export them again, "
+                         f"with a colour for each class, and without transparency, and {AGAIN}")
     names = read_class_names(names_file) if names_file.exists() else []
     labels = read_label_map(label_map) if label_map.exists() else plain_labels(found, names)
     if not labels:
@@ -518,12 +551,12 @@ def coloured(path):
     with reading(path):
         if path.suffix.lower() == ".npy":
             grey = np.load(path)
-            grey = np.where(grey == -1, IGNORE, grey)  # labelme's
         else:
             with Image.open(path) as picture:
                 if picture.mode[0] not in "IF":
-                    return picture.convert("RGB")
-                grey = np.array(picture)
+                    return upright(picture).convert("RGB")
+                grey = np.array(upright(picture))
+        grey = np.where(grey == -1, IGNORE, grey)  # labelme's
         grey = np.where(grey <= IGNORE, grey, grey / 257)  # 0 and 65535
         if grey.ndim != 2 or not np.isin(grey, range(256)).all():
             raise InputError(f"{path}: no map of class ids from 0 to 255; export it again")
@@ -585,7 +618,8 @@ def main(argv=None):
     """Report on a data set; exit code 2 if something is wrong with it."""
     parser = argparse.ArgumentParser(description="Check a data set, and say what is wrong with it.")
     parser.add_argument("--dataset", choices=PROTOCOLS, default="shapes")
-    parser.add_argument("--data-root", help="folder of the data set (default: data/NAME)")
+    parser.add_argument("--data-root",
+                        help="folder of the data set (default: data/NAME; voc_classic data/voc)")
     parser.add_argument("--split", help="check this split: a name, or a file of ids (default: as train.py's)")
     task = parser.add_mutually_exclusive_group()
     task.add_argument("--download", action="store_true",
@@ -629,7 +663,9 @@ def main(argv=None):
             print(f"the photographs, of {side} pixels, are much larger than the crop, of {crop}, which would "
                   f"see little of them; smaller: {data.command('train.py', *options)}")
     except (InputError, OSError) as error:
-        print(f"prepare.py: {error}", file=sys.stderr)
+        text = error if isinstance(error, InputError) else (
+            f"{error.filename or root}: {error.strerror}; make room, or allow it, and {AGAIN}")
+        print(f"prepare.py: {text}", file=sys.stderr)
         sys.exit(2)
 
 

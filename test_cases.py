@@ -11,6 +11,7 @@ import re
 import shlex
 import shutil
 import struct
+import subprocess
 import zlib
 
 import numpy as np
@@ -138,6 +139,10 @@ def one_bit(labels):
     return Image.fromarray(labels * 255).convert("1")
 
 
+def transparent(labels):
+    return Image.fromarray(np.dstack([0 * labels] * 3 + [255 * labels]))
+
+
 def left_and_right(labels):
     return np.where(np.arange(48) > 24, labels * 255, labels * 128).astype(np.uint8)
 
@@ -218,6 +223,28 @@ def name_the_colours(root, said):
 def twice(root, said):
     """The remedy is a command, and so is that of what is left."""
     paste(root, paste(root, said))
+
+
+def convert_anew(said):
+    """Run `mv ... && python prepare.py ... --convert`, as a line has it; returns what prepare.py says."""
+    move, convert = re.search("convert the masks anew: (mv .*) && (python .*)$", said, re.MULTILINE).groups()
+    subprocess.run(shlex.split(move), check=True)
+    assert shlex.split(convert)[:2] == ["python", "prepare.py"]
+    return check(*shlex.split(convert)[2:])[1]
+
+
+def convert_and_name_black(root, said):
+    said = paste(root, said)
+    assert "give what is ignored (black, where it has no line) a name in" in said
+    write(root / "labelmap.txt", (root / "labelmap.txt").read_text() + "background:0,0,0\n")
+    convert_anew(said)
+    assert (root / "SegmentationClassIds.old1").exists()
+
+
+def export_with_colours(root, said):
+    said = paste(root, said)
+    assert "masks hold the colour (0,0,0) alone; export them again, with a colour for each class" in said
+    export_again(root, said)
 
 
 def convert_and_remove(root, said):
@@ -347,6 +374,18 @@ CASES = {
     "a mask cut short": (files(lambda mask: mask[:-30], "masks/p01.png"), "p01.png: cannot be read",
                          export_again),
     "a huge mask": (files(huge_png(), "masks/p00.png"), "p00.png: .*more than 178 megapix", export_again),
+    "a mask of floats": (both(folder(), lambda root: save(
+        np.ones((32, 48), np.float32), root / "masks/p00.png", format="TIFF")),
+        "p00.png: of floats .F., not an index PNG", paste),
+    "a mask of negative numbers": (both(folder(), lambda root: save(
+        np.eye(32, 48, dtype=np.int32) - 1, root / "masks/p00.png", format="TIFF")),
+        "p00.png: of negative numbers .I., not an index PNG", paste),
+    "transparency": (folder(transparent), "p00.png: a colour image .RGBA.", export_with_colours),
+    "two folders of masks": (both(folder(), folder(masks="SegmentationClass", masked=3)),
+                             "masks: 3 masks are not read, as .*/SegmentationClass has masks of their names"),
+    "TIFF masks beside others": (
+        both(folder(masks="SegmentationClass"), folder(name="p{:02d}.tif", masked=9)),
+        "masks: 3 files .tif .*if they are masks, export them again, as PNGs, into .*/SegmentationClass/$"),
     "a class absent": (folder(names="background\nthing\nunicorn"), "no labelled mask holds unicorn"),
     "no class in validation": (both(folder(), lists(val="p05"), lambda root: save(
         np.zeros((32, 48), np.uint8), root / "masks/p05.png")), "no validation mask holds thing"),
@@ -365,6 +404,8 @@ CASES = {
     "a name twice": (folder(names="a\na"), "a stands there twice", texts("class_names.txt", "a\nb")),
     "numbered from 1": (folder(grey(1, 2), names="1 background\n2: thing"), "numbered from 1",
                         texts("class_names.txt", "nothing\nbackground\nthing")),
+    "a comment": (folder(names="# my classes\nbackground\nthing"), "'# my classes' would be the name of a cl",
+                  texts("class_names.txt", "background\nthing")),
     "numbered from 0": (folder(names="0 background\n1 thing"), None),
     "classes.txt": (both(folder(names=None), lambda root: write(root / "classes.txt", "a\nb\n")),
                     "or rename classes.txt", move("classes.txt", ".", without("classes", "class_names"))),
@@ -375,6 +416,8 @@ CASES = {
     "CVAT, capitals": (cvat("Background:0,0,0::\nthing:184,61,245::\n"), "", paste),
     "CVAT, no background": (cvat("meadow:0,128,0::\nthing:184,61,245::\n", (MEADOW, DISC)), "", paste),
     "CVAT, one class": (cvat("thing:184,61,245::\n"), "", convert_and_add_a_line),
+    "CVAT, black has no line": (both(cvat("thing:184,61,245::\n"), lambda root: write(
+        root / "class_names.txt", "background\nthing\n")), "", convert_and_name_black),
     "CVAT, all have masks": (cvat(masked=12), "", twice),
     "CVAT, black where nobody was": (unannotated, "", convert_and_remove, twice),
     "CVAT's lists": (both(cvat(), lists("p00 p01 p02 p07", "p03 p04", ("Train.txt", "Validation.TXT"))), "",
@@ -394,8 +437,24 @@ CASES = {
     "a subfolder": (both(folder(), folder(count=3, masked=0, images="images/more", image="m{}.jpg")),
                     "images/more: 3 files .jpg .*not read"),
     "train/ and val/": (train_and_val, "3 of the 9 labelled images, those of the folder val/"),
-    "test/": (both(train_and_val, folder(images="images/test", masked=0, image="t{}.jpg")),
-              "images/test: 12 files .jpg .*not read"),
+    **{f"{name}/": (both(train_and_val, folder(images=f"images/{name}", masks=f"masks/{name}")),
+                    "12 for training, 3 for validation$") for name in ("test", "Test")},
+    "test/, of other names": (
+        both(train_and_val,
+             folder(images="images/test", masks="masks/test", image="t{}.jpg", name="t{}.png")),
+        "test/t0.jpg: 12 photographs in test/ are not trained on; evaluate.py takes a --list of them"),
+    "val/ beside train.txt": (both(train_and_val, lists("p00 p01 p02 p07 p08 p09")),
+                              "3 of the 6 labelled images, those of the folder val/"),
+    "photographs above subfolders": (
+        both(folder(images="images/train", count=6), folder(images="unlabeled", masked=0, image="u{}.jpg")),
+        "unlabeled: 12 files .jpg .*move them into .*/images/train/.*\nno unlabelled",
+        move("unlabeled/*", "images/train")),
+    "links to folders": (both(folder(images="../train"), lambda root: (
+        (root / "images").mkdir(), (root / "images/train").symlink_to(root.parent / "train"))),
+        "11 for training, 1 for validation$"),
+    "HEIC behind a link": (both(folder(images="../photographs"), lambda root: (
+        (root / "images").symlink_to(root.parent / "photographs"), write(root / "images/p12.heic", HEIC))),
+        "images: 1 files .heic"),
     "train.txt of labelled images": (both(folder(), lists("p00 p01 p02", "p04 p05")),
                                      "p03.jpg: 7 photographs like this one are on no list.*\nno unlabelled",
                                      texts(f"{LISTS}/train.txt", "p00\np01\np02\np07\np08\n")),
@@ -417,6 +476,10 @@ CASES = {
     # Names
     "capitals": (folder(image="p{:02d}.JPG", name="p{:02d}.PNG"), None),
     ".jfif": (both(folder(), lambda root: move("images/*", "images", without("jpg", "jfif"))(root, 0)), None),
+    "names of Cityscapes": (both(folder(image="c_{}_leftImg8bit.jpg", name="c_{}_leftImg8bit.png"), lists(
+        val="c_4_leftImg8bit c_5_leftImg8bit")), "2 for validation"),
+    "two suffixes": (both(folder(image="p{}.jpg.png", name="p{}.jpg.png"), lists(val="p4.jpg p5.jpg")),
+                     "2 for validation"),
     "spaces and dots": (folder(image="IMG 2024.06.{:02d} (1).jpg", name="IMG 2024.06.{:02d} (1).png"), None),
     "commas in names": (folder(image="a,{},b.jpg", name="a,{},b.png"), None),
     "names with #": (both(folder(image="#{}.jpg", name="#{}.png"), lists(val="#4 #5")), "2 for validation"),

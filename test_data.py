@@ -1,6 +1,8 @@
 """Data sets in the layouts that people have, the splits, the checks, and the seeded batches."""
 
 import multiprocessing
+import os
+import shlex
 import subprocess
 import sys
 import time
@@ -144,11 +146,23 @@ def test_custom_older_labelme_trees(tmp_path):
     assert open_data("custom", root).labelled == ["im0", "im1", "im2", "im3"]
 
 
-def test_custom_without_val_list_keeps_a_seeded_tenth(tmp_path):
-    root = custom(tmp_path, images=40, masks=30, val=0)
-    found, again = open_data("custom", root), open_data("custom", root)
-    assert len(found.val) == 3 and found.val == again.val and "3 of the 30" in found.notes[0]
-    assert not set(found.val) & set(found.train) and len(found.train) == 37
+def test_custom_without_val_list_keeps_a_tenth_that_stays_when_masks_come_and_go(tmp_path):
+    root = custom(tmp_path, images=120, masks=80, val=0)
+    found = open_data("custom", root)
+    assert 4 <= len(found.val) <= 12 and f"takes {len(found.val)} of the 80 labelled" in found.notes[0]
+    assert not set(found.val) & set(found.train) and len(found.val + found.train) == 120
+    for i in range(80, 120):
+        save(root / f"SegmentationClass/im{i}.png", np.zeros((12, 16)))
+    (root / f"SegmentationClass/{found.labelled[0]}.png").unlink()
+    more = open_data("custom", root)
+    assert not set(found.labelled) & set(more.val) and not set(found.val) & set(more.labelled)
+    assert len(more.val) > len(found.val)
+
+
+@pytest.mark.parametrize("masks, val", [(1, 1), (2, 1), (10, 1), (20, 4)])
+def test_of_few_masks_validation_takes_one_and_at_most_a_fifth(tmp_path, masks, val):
+    # Of im0 to im19 five draw less than a tenth.
+    assert len(open_data("custom", custom(tmp_path, images=21, masks=masks, val=0)).val) == val
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "CMYK", "LA", "1"])
@@ -169,6 +183,9 @@ def test_photographs_are_turned_upright_as_their_exif_says(tmp_path):
     Image.fromarray(photograph(height=16, width=12)).save(root / "JPEGImages" / "im0.jpg", exif=exif)
     found = open_data("custom", root)
     assert found.image("im0").size == (16, 12) and problems(found, found.labelled, []) == []
+    labels = np.arange(16 * 12, dtype=np.uint8).reshape(12, 16) % 2  # and a mask, as viewers show it
+    Image.fromarray(np.rot90(labels)).save(root / "SegmentationClass" / "im0.png", exif=exif)
+    assert np.array_equal(found.labels("im0")[0], labels) and problems(found, found.labelled, []) == []
     Image.fromarray(photograph()).save(root / "JPEGImages" / "im0.jpg", exif=exif)
     assert "upright, as its EXIF says" in problems(found, found.labelled, [])[0]
 
@@ -351,6 +368,24 @@ def test_normalize_by_hand():
     pixel = torch.tensor([255, 0, 128], dtype=torch.uint8).reshape(1, 3, 1, 1)
     expected = [(1 - 0.485) / 0.229, -0.456 / 0.224, (128 / 255 - 0.406) / 0.225]
     assert normalize(pixel).flatten().tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("place", ["", "JPEGImages", "class_names.txt"])
+def test_what_may_not_be_read_is_said_with_the_command_that_allows_it(tmp_path, monkeypatch, place):
+    root, listdir, read = custom(tmp_path / "my data"), os.listdir, Path.read_text
+
+    def refuse(path):  # the tests may run as root, who may read anything
+        if Path(path) == root / place:
+            raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "listdir", lambda path: refuse(path) or listdir(path))
+    monkeypatch.setattr(Path, "iterdir", lambda path: refuse(path) or map(path.joinpath, listdir(path)))
+    monkeypatch.setattr(Path, "read_text", lambda path, *rest: refuse(path) or read(path, *rest))
+    with pytest.raises(InputError, match="Permission denied") as error:
+        open_data("custom", root)
+    command = str(error.value).partition("allow it: ")[2]
+    assert shlex.split(command) == ["chmod", "-R", "u+rwX", str(root / place)]
+    subprocess.run(shlex.split(command), check=True)
 
 
 def test_masks_are_checked_again_where_they_are_read(tmp_path):

@@ -6,10 +6,8 @@ import hashlib
 import http.server
 import io
 import os
-import shlex
 import shutil
 import socket
-import subprocess
 import sys
 import tarfile
 import threading
@@ -22,8 +20,9 @@ from torchvision.datasets.voc import DATASET_YEAR_DICT
 
 import data
 import prepare
+import test_cases
 import train
-from test_cases import TINY
+from test_cases import TINY, coloured, convert_anew, grey, paste, scene
 from test_data import cityscapes, custom
 
 TRAIN, VAL = ["both", "voc_only"], ["val_voc", "val_both"]
@@ -586,13 +585,42 @@ def test_masks_that_are_newer_than_what_was_made_of_them_are_named(tmp_path):
     original = root / "SegmentationClass" / "b.png"
     Image.fromarray(COLOURS[2 - IDS]).save(original)
     os.utime(root / "SegmentationClassIds" / "b.png", (0, 0))
-    line, = [line for line in report(*options)[1].splitlines() if ": newer than" in line]
-    move, convert = line.partition("convert the masks anew: ")[2].split(" && ")
-    subprocess.run(shlex.split(move), check=True)
-    assert shlex.split(convert)[:2] == ["python", "prepare.py"]
-    assert ": newer than" not in report(*shlex.split(convert)[2:])[1]
+    assert f"{original}: newer than" in (said := report(*options)[1])
+    assert ": newer than" not in convert_anew(said)
     assert np.array_equal(converted(root, "b"), 2 - IDS)
-    assert np.array_equal(np.array(Image.open(root / "SegmentationClassIds.old" / "b.png")), IDS)
+    assert np.array_equal(np.array(Image.open(root / "SegmentationClassIds.old1" / "b.png")), IDS)
+    # The label map too, in which two colours had each other's class; and .old1 is kept.
+    (root / "labelmap.txt").write_text(
+        LABEL_MAP.replace("car:", "x:").replace("road: main:", "car:").replace("x:", "road: main:"))
+    for path in (root / "SegmentationClassIds").iterdir():
+        os.utime(path, ns=(original.stat().st_mtime_ns,) * 2)
+    assert f"{root / 'labelmap.txt'}: newer than" in (said := report(*options)[1])
+    assert ": newer than" not in convert_anew(said)
+    assert np.array_equal(converted(root, "a"), np.array([0, 2, 1])[IDS])
+    assert np.array_equal(np.array(Image.open(root / "SegmentationClassIds.old1" / "b.png")), IDS)
+
+
+def test_a_dead_link_among_masks_that_have_been_converted_is_no_traceback(tmp_path):
+    root = cvat_export(tmp_path / "my data")
+    options = ["--dataset", "custom", "--data-root", root]
+    report(*options, "--convert")
+    (root / "SegmentationClass" / "d.png").symlink_to(root / "nowhere")
+    assert report(*options)[0] == 0
+    assert "d.png: a link to nothing; remove it" in report(*options, "--convert")[2]
+
+
+@pytest.mark.parametrize("mask", [grey(0, 255), coloured((0, 0, 0), (128, 0, 0))], ids=["0 and 255", "RGB"])
+def test_masks_that_come_after_the_conversion(tmp_path, mask):
+    root = tmp_path / "my data"
+    test_cases.folder(mask)(root)
+    options = ["--dataset", "custom", "--data-root", root]
+    while report(*options, "--convert")[0]:  # the second time with labelmap.txt
+        pass
+    test_cases.folder(mask, masked=8)(root)
+    said = report(*options)[1]
+    assert f"{root / 'masks'}: 2 files .png (p06.png for one) are not read; make class ids" in said
+    paste(root, said)
+    assert np.array_equal(converted(root, "p07"), scene(7)[1])
 
 
 def test_a_class_that_no_mask_holds_is_said_as_training_starts(tmp_path, capsys):
