@@ -283,17 +283,23 @@ def stack(pictures, path):
     sheet.save(path)
 
 
-def listed_ids(path, data, state):
-    """The ids of --list: those of images with masks. Says which of them were labelled in training."""
-    names = read_list(path)
-    unknown = [name for name in names if name not in data.images or name not in data.masks]
-    if unknown:
-        raise InputError(f"--list {path}: {len(unknown)} ids have no image with a mask under --data-root: "
-                         f"{short_list(unknown)}; take them off the list, or give their --data-root")
-    seen = sorted(set(names).intersection(state.get("lists", {}).get("labelled", [])))
-    if seen:
-        say(f"{len(seen)} of the {len(names)} listed images were labelled in training: {short_list(seen)}")
-    return names
+def chosen_ids(args, data, state):
+    """(ids to evaluate, which they are): those of --list; of the run's own data its validation set, whatever
+    has got a mask since; of other data what is kept for validation there, or all that has a mask."""
+    lists, there = state.get("lists", {}), data.images.keys() & data.masks.keys()
+    if args.list:
+        names = read_list(args.list, data.images)
+        unknown = [name for name in names if name not in there]
+        if unknown:
+            raise InputError(f"--list {args.list}: {len(unknown)} ids have no image with a mask under "
+                             f"--data-root: {short_list(unknown)}; take them off the list, or give their "
+                             f"--data-root")
+        return names, f"of {args.list}"
+    if lists and (not args.data_root or there.issuperset(lists["labelled"] + lists["val"])):
+        return [name for name in lists["val"] if name in there], "of the run's validation set"
+    if data.notes:  # nobody has told which are for validation
+        return sorted(data.val + data.labelled), f"with a mask in {data.root}"
+    return data.val, f"of the validation set in {data.root}"
 
 
 def open_all(args, device):
@@ -302,9 +308,10 @@ def open_all(args, device):
     networks = [network]
     if args.beside:
         other, its_state = load_model(args.beside, args.student, device)
-        if its_state["classes"] != state["classes"] or not args.pictures:
+        its, ours = ((s["classes"], s["settings"]["image_size"]) for s in (its_state, state))
+        if its != ours or not args.pictures:
             raise InputError(f"--beside {args.beside}: goes with --pictures DIR, and with a checkpoint of "
-                             f"the same classes")
+                             f"the same classes and --image-size")
         networks = [other, network]
     if args.data_root and state["settings"]["dataset"] == "shapes":
         raise InputError(f"--data-root {args.data_root}: {args.checkpoint} was trained on shapes, which are "
@@ -313,13 +320,21 @@ def open_all(args, device):
     if list(data.classes) != list(state["classes"]):
         raise InputError(f"{args.checkpoint}: trained on the classes {short_list(state['classes'])}, "
                          f"but --data-root holds {short_list(data.classes)}; give its own data")
-    if args.list:
-        data.train, data.val = [], listed_ids(args.list, data, state)
+    data.val, which = chosen_ids(args, data, state)
+    if not data.val:
+        raise InputError(f"{args.checkpoint}: its validation images are gone; give a --list of others")
+    say(f"{len(data.val)} images {which}")
+    seen = sorted({*data.val} & {*state.get("lists", {}).get("labelled", ())})
+    if seen:
+        say(f"{len(seen)} of them were labelled in training: {short_list(seen)}")
     found = check_files(data, data.val)
     if not found.problems:
         check_classes(data, "validation", data.val, 1, found)
     if found.problems:
         raise InputError(found.problems[0])
+    if args.pictures and data.root and data.root.resolve() in (args.pictures / "x").resolve().parents:
+        raise InputError(f"--pictures {args.pictures}: lies in {data.root}, where panels could overwrite "
+                         f"masks; give a folder elsewhere")
     return networks, state, data
 
 
@@ -344,7 +359,8 @@ def main(argv=None):
     try:
         device = join()
     except ValueError as error:
-        sys.exit(f"evaluate.py: {error}")
+        print(f"evaluate.py: {error}", file=sys.stderr)
+        sys.exit(2)
     try:
         networks, state, data = together(open_all, args, device)
         settings = state["settings"]

@@ -12,7 +12,15 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from data import HEIC_SUFFIXES, IMAGE_SUFFIXES, InputError, open_photograph, picture_to_tensor, reading
+from data import (
+    HEIC_SUFFIXES,
+    IMAGE_SUFFIXES,
+    InputError,
+    files_in,
+    open_photograph,
+    picture_to_tensor,
+    reading,
+)
 from evaluate import colourize, confidence_map, load_model, predict
 from hardness import confident_ratio, weighted_iou
 
@@ -48,14 +56,12 @@ def photograph_hardness(student, teacher, image, state):
 
 
 def find_photographs(paths):
-    """The files among paths, and the photographs in the folders among them but for hidden ones."""
+    """The files among paths, and the photographs in the folders among them (data.files_in)."""
     found = []
     for path in paths:
         if not path.exists():
             raise InputError(f"{path}: no such file or folder")
-        inside = [path] if not path.is_dir() else sorted(
-            file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES | HEIC_SUFFIXES
-            and not file.name.startswith(".") and file.is_file())
+        inside = files_in(path, IMAGE_SUFFIXES | HEIC_SUFFIXES) if path.is_dir() else [path]
         if not inside:
             raise InputError(f"{path}: no photograph in it; what is read is "
                              f"{' '.join(sorted(IMAGE_SUFFIXES))}")
@@ -68,9 +74,8 @@ def predict_files(model, state, paths, folder, device, pair=None):
     """Write STEM.png, the class map, and STEM_overlay.png for each photograph in files and folders;
     with the `pair` (student, teacher), hardness.csv too, the hardest first.
 
-    A photograph that cannot be read, or whose results would overwrite another file that is read or
-    written here, is named on stderr and skipped. Returns how many were. OSError: `folder` cannot be
-    written.
+    A photograph that cannot be read, or whose results would overwrite anything but its earlier results,
+    is named on stderr and skipped. Returns how many were. OSError: `folder` cannot be written.
     """
     photographs, settings = find_photographs(paths), state["settings"]
     if pair and (folder / "last.pth").exists():
@@ -85,6 +90,8 @@ def predict_files(model, state, paths, folder, device, pair=None):
         try:
             if targets & sources:
                 raise InputError(f"{file}: its result would overwrite a photograph; give another --out")
+            if mask.exists() and not picture.exists():  # so it is no earlier result
+                raise InputError(f"{file}: its result would overwrite {mask}; give another --out")
             for target in targets & written.keys():
                 raise InputError(f"{file}: its result would overwrite that of {written[target]}; predict it "
                                  f"by itself, with another --out")
@@ -99,25 +106,29 @@ def predict_files(model, state, paths, folder, device, pair=None):
                 labels = predict(model, image.to(device), settings["window"], settings["image_size"]).cpu()
                 if pair:
                     hardness.append((*photograph_hardness(*pair, image.to(device), state), str(file)))
+            overlay(image, labels, state["classes"], state["palette"]).save(picture)  # first: see above
             colourize(labels, state["palette"]).save(mask)
-            overlay(image, labels, state["classes"], state["palette"]).save(picture)
             written |= dict.fromkeys(targets, file)
         if done % 20 == 0 or done == len(photographs):
             print(f"{done}/{len(photographs)} photographs, {skipped} skipped", flush=True)
     if pair:
-        write_hardness(sorted(hardness, reverse=True), folder / "hardness.csv")
+        ranked = sorted(hardness, key=lambda row: (-row[0], row[-1]))
+        write_hardness(ranked, folder / "hardness.csv", state.get("lists", {}))
     return skipped
 
 
-def write_hardness(ranked, path):
-    """Write (gamma, rho_s, rho_t, file) records as CSV, and name the first ten: those to label next."""
+def write_hardness(ranked, path, lists):
+    """Write (gamma, rho_s, rho_t, file) records as CSV, and name the first ten that are to be labelled next:
+    those whose stems are not on the run's `lists` of images with masks."""
     # Names that are not UTF-8 are written as the bytes that they are.
     with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         table = csv.writer(file)
         table.writerow(("file", "gamma", "rho_student", "rho_teacher"))
         table.writerows((name, *(f"{value:.4f}" for value in values)) for *values, name in ranked)
-    print(f"\nThe hardest, to label next (all of them: {path})\ngamma")
-    for gamma, *_, name in ranked[:10]:
+    masked = {*lists.get("labelled", ()), *lists.get("val", ())}
+    new = [row for row in ranked if Path(row[-1]).stem not in masked]
+    print(f"\nThe hardest of the {len(new)} without a mask in training, to label next (all: {path})\ngamma")
+    for gamma, *_, name in new[:10]:
         print(f" {gamma:.2f}  {name}".encode(errors="backslashreplace").decode())
 
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import evaluate
-from data import InputError, SegmentationData, Shapes, normalize, picture_to_tensor
+from data import InputError, SegmentationData, Shapes, normalize, open_data, picture_to_tensor
 from evaluate import (
     colourize,
     confidence_map,
@@ -270,10 +270,83 @@ def test_a_list_that_cannot_be_evaluated_gets_one_line(tmp_path, capsys, text, m
 def test_images_that_training_had_the_masks_of_are_said(tmp_path, capsys):
     root = custom(tmp_path / "data")
     path = checkpoint(tmp_path / "best.pth", ["sky", "road"], dataset="custom", data_root=str(root))
-    torch.save(torch.load(path, weights_only=True) | {"lists": {"labelled": ["im0", "im1"]}}, path)
+    add_lists(path, labelled=["im0", "im1"], val=["im4"])
     (tmp_path / "list.txt").write_text("im1\nim4\n")
     evaluate.main([str(path), "--list", str(tmp_path / "list.txt")])
-    assert "1 of the 2 listed images were labelled in training: im1" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "2 images of " in said and "list.txt\n1 of them were labelled in training: im1\n" in said
+
+
+def add_lists(path, **lists):
+    torch.save(torch.load(path, weights_only=True) | {"lists": lists}, path)
+
+
+def test_which_images_are_evaluated(tmp_path, capsys):
+    """The run's own validation set, whatever has got a mask since; of other data all that have one."""
+    root = custom(tmp_path / "data", val=0)  # im0 to im5 have masks
+    path = checkpoint(tmp_path / "best.pth", ["sky", "road"], dataset="custom", data_root=str(root))
+    add_lists(path, labelled=["im0", "im1"], val=["im3", "im4"])
+
+    def said(*flags):
+        evaluate.main([str(path), *map(str, flags)])
+        return capsys.readouterr().out
+
+    assert said().startswith("2 images of the run's validation set\n  ")
+    moved = root.rename(tmp_path / "moved")
+    assert said("--data-root", moved).startswith("2 images of the run's validation set\n  ")
+    (moved / "SegmentationClass/im3.png").unlink()
+    moved.rename(root)
+    assert said().startswith("1 images of the run's validation set\n  ")
+    other = custom(tmp_path / "other", images=4, masks=3, val=0)
+    assert f"3 images with a mask in {other}\n2 of them were labelled in training: im0, im1\n" in (
+        said("--data-root", other))
+    (other / "ImageSets/Segmentation").mkdir(parents=True, exist_ok=True)
+    (other / "ImageSets/Segmentation/val.txt").write_text("im2\n")
+    assert said("--data-root", other).startswith(f"1 images of the validation set in {other}\n  ")
+    (root / "SegmentationClass/im4.png").unlink()
+    with pytest.raises(SystemExit):
+        said()
+    assert "its validation images are gone; give a --list of others" in capsys.readouterr().err
+    (tmp_path / "list.txt").write_text("im5\n")
+    assert said("--list", tmp_path / "list.txt").startswith("1 images of ")
+
+
+def test_images_in_test_are_for_a_list(tmp_path, capsys):
+    root = custom(tmp_path / "data")
+    path = checkpoint(tmp_path / "best.pth", ["sky", "road"], dataset="custom", data_root=str(root))
+    for folder in (root / "JPEGImages", root / "SegmentationClass"):
+        folder.rename(tmp_path / "train")
+        folder.mkdir()
+        (tmp_path / "train").rename(folder / "train")
+    for name in ("im0", "t0"):  # another im0 than the one in train/
+        save(root / "JPEGImages/test" / f"{name}.jpg", np.zeros((12, 16, 3)))
+        save(root / "SegmentationClass/test" / f"{name}.png", np.ones((12, 16)))
+    data = open_data("custom", root)
+    assert data.test == ["t0"] and "t0" not in data.train + data.val and len(data.train) == 8
+    assert np.array(data.mask("im0")).min() == 0 and np.array(data.mask("t0")).min() == 1
+    (tmp_path / "list.txt").write_text("t0\n")
+    evaluate.main([str(path), "--list", str(tmp_path / "list.txt")])
+    assert "1 images of " in capsys.readouterr().out
+
+
+def test_panels_never_overwrite_the_data_set(tmp_path, capsys):
+    root = custom(tmp_path / "data")
+    path = checkpoint(tmp_path / "best.pth", ["sky", "road"], dataset="custom", data_root=str(root))
+    for folder in (root, root / "SegmentationClass", root / "new"):
+        with pytest.raises(SystemExit) as end:
+            evaluate.main([str(path), "--pictures", str(folder)])
+        assert end.value.code == 2 and "give a folder elsewhere" in capsys.readouterr().err
+    evaluate.main([str(path), "--pictures", str(tmp_path / "panels")])
+    assert {file.name for file in (tmp_path / "panels").iterdir()} == {"im4.png", "im5.png"}
+
+
+def test_a_baseline_that_sees_images_at_another_size_is_refused(tmp_path, capsys):
+    one, two = (checkpoint(tmp_path / f"{size}.pth", image_size=size, dataset="shapes", data_root="")
+                for size in (24, 16))
+    with pytest.raises(SystemExit):
+        evaluate.main([str(one), "--beside", str(two), "--pictures", str(tmp_path)])
+    assert "16.pth: goes with --pictures DIR, and with a checkpoint of the same classes and --image-size" in (
+        capsys.readouterr().err)
 
 
 def test_pictures_that_cannot_be_written_name_the_flag(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import csv
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import predict
 from data import normalize
 from hardness import instance_hardness
 from predict import photograph_hardness, predict_files
-from test_evaluate import STATE, Brightness, Corner, checkpoint
+from test_evaluate import STATE, Brightness, Corner, add_lists, checkpoint
 
 
 def test_predict_files_writes_maps_at_the_photographs_own_upright_size(tmp_path, capsys):
@@ -59,6 +60,13 @@ def test_predict_files_never_overwrites_a_photograph_or_another_result(tmp_path,
     assert predict_files(Brightness(), STATE, [two], tmp_path / "other", device) == 0
     for folder, label in (("out", 0), ("other", 1)):
         assert (np.array(Image.open(tmp_path / folder / "x.png")) == label).all()
+    # An earlier result may be written again; what somebody drew by hand is no result.
+    assert predict_files(Brightness(), STATE, [one], tmp_path / "out", device) == 0
+    (tmp_path / "out" / "x_overlay.png").unlink()
+    before = (tmp_path / "out" / "x.png").read_bytes()
+    assert predict_files(Brightness(), STATE, [two], tmp_path / "out", device) == 1
+    assert (tmp_path / "out" / "x.png").read_bytes() == before
+    assert f"would overwrite {tmp_path / 'out' / 'x.png'}; give another --out" in capsys.readouterr().err
 
 
 def test_hidden_files_and_folders_are_left_out_and_no_file_is_taken_twice(tmp_path, capsys):
@@ -69,6 +77,15 @@ def test_hidden_files_and_folders_are_left_out_and_no_file_is_taken_twice(tmp_pa
     paths = [tmp_path, tmp_path / "x.JPG"]
     assert predict_files(Brightness(), STATE, paths, tmp_path / "out", torch.device("cpu")) == 0
     assert "1/1 photographs, 0 skipped" in capsys.readouterr().out
+
+
+def test_photographs_in_subfolders_are_found_as_training_finds_them(tmp_path, capsys):
+    for name in ("train/x.jpg", "test/more/y.png"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "in" / name)
+    assert predict_files(Brightness(), STATE, [tmp_path / "in"], tmp_path / "out", torch.device("cpu")) == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "x.png", "x_overlay.png", "y.png", "y_overlay.png"}
 
 
 @pytest.mark.parametrize("paths, out, message", [
@@ -89,7 +106,7 @@ def test_what_cannot_be_predicted_gets_one_line(tmp_path, capsys, paths, out, me
 def test_a_full_disk_is_not_the_photographs_fault(tmp_path, capsys):
     Image.new("RGB", (40, 40)).save(tmp_path / "x.jpg")
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "x.png").symlink_to("/dev/full")
+    (tmp_path / "out" / "x_overlay.png").symlink_to("/dev/full")
     with pytest.raises(SystemExit) as end:
         predict.main([str(a) for a in (checkpoint(tmp_path / "best.pth"), tmp_path / "x.jpg", "--out",
                                        tmp_path / "out")])
@@ -126,6 +143,8 @@ def test_the_hardest_photographs_are_named_and_names_with_commas_survive(tmp_pat
     (tmp_path / "in" / "broken.png").write_bytes(b"x")
     argv = [checkpoint(tmp_path / "best.pth", tau=0.5), tmp_path / "in", "--hardness", "--out",
             tmp_path / "out"]
+    masked = names[3][:-4], names[5][:-4]
+    add_lists(argv[0], labelled=masked[:1], val=masked[1:])
     with pytest.raises(SystemExit) as end:
         predict.main([str(a) for a in argv])
     assert end.value.code == 1  # broken.png was skipped
@@ -137,8 +156,9 @@ def test_the_hardest_photographs_are_named_and_names_with_commas_survive(tmp_pat
     assert rows[0].keys() == {"file", "gamma", "rho_student", "rho_teacher"}
     said = capsys.readouterr().out
     assert len(re.findall(r"^ [01]\.\d\d  ", said, re.MULTILINE)) == 10
-    for row in rows[:10]:
-        assert row["file"].encode(errors="backslashreplace").decode() in said
+    assert "The hardest of the 11 without a mask in training, to label next" in said
+    for path in [row["file"] for row in rows if Path(row["file"]).stem not in masked][:10]:
+        assert path.encode(errors="backslashreplace").decode() in said
     assert all((tmp_path / "out" / name).exists() for name in names)  # the masks as usual
 
 
