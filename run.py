@@ -67,7 +67,7 @@ class Run:
 
     def claim(self):
         """Lock the folder, refuse it if another run is in it, and write down what this run is.
-        Returns last.pth, if there is one, on rank 0."""
+        Returns the checkpoint to resume from, if there is one, on rank 0."""
         if rank() != 0:
             return None
         last, best = self.folder / "last.pth", self.folder / "best.pth"
@@ -81,11 +81,17 @@ class Run:
             for name, ids in self.lists.items():
                 text = "".join(f"{i}\n" for i in ids)
                 write_whole(self.folder / f"{name}.txt", text.encode(errors="surrogateescape"))
+            advanced = state and (state["iteration"] > state["settings"]["checkpoint_every"]
+                                  or (self.folder / "result.txt").exists())  # so there was a last.pth
+            if found == best and not advanced:
+                state = None
+            if state:
+                self.args.iters = state["settings"]["iters"]
             write_whole(self.folder / "settings.json", json.dumps(vars(self.args), indent=1).encode())
         except OSError as error:
             remedy = "make room there" if error.errno in FULL else "give another --out"
             raise InputError(f"--out {self.folder}: cannot be used ({error.strerror}); {remedy}") from None
-        return state if found == last else None
+        return state
 
     def compare(self, state):
         """Refuse the checkpoint of another run; say what differs and may."""
@@ -111,6 +117,9 @@ class Run:
                              f"({short_list(changed, 5)}); {remedy}")
         if state["settings"]["amp"] != self.args.amp:
             notes.append(f"resumes {'with' if self.args.amp else 'without'} bf16 autocast, the default here")
+        before, now = state["settings"]["data_root"], self.args.data_root
+        if before != now:
+            notes.append(f"--data-root was {before}, now {now}; if it has other images, give another --out")
         for note in notes:
             say(note)
 
@@ -122,8 +131,11 @@ class Run:
             dist.broadcast_object_list(state)
         state, = state
         if state and state["optimizer"] is None:
-            raise InputError(f"{path}: this is a best.pth, which holds no optimizer to resume with; put "
-                             f"the last.pth back, or start from it with --weights {path} and another --out")
+            best, found = self.folder / "best.pth", "is gone"
+            if path.exists():
+                best, found = path, "this is a best.pth, which holds no optimizer to resume with"
+            raise InputError(f"{path}: {found}; put the last.pth back, or start from the best with --weights "
+                             f"{best} and another --out")
         try:
             if state:
                 self.student.load_state_dict(state["student"])

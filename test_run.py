@@ -524,20 +524,39 @@ def test_a_photograph_that_can_only_be_removed_does_not_cost_the_run(tmp_path, s
 
 
 def test_lists_that_are_drawn_anew_can_be_kept(tmp_path, small):
-    # Without val.txt, removing a labelled image draws other validation images.
-    root, out = custom(tmp_path / "data", images=14, masks=10, val=0), tmp_path / "out"
+    # Without val.txt, removing a labelled image moves another only where validation takes a fifth of them.
+    root, out = custom(tmp_path / "data", images=23, masks=20, val=0), tmp_path / "out"
     flags = ["--dataset", "custom", "--data-root", root, *TINY, "--iters", 4, "--out", out]
     run_until(1, *flags)
     (root / "JPEGImages" / "im1.jpg").unlink()
     (root / "SegmentationClass" / "im1.png").unlink()
     code, _, err = run(*flags)
-    assert code == 2 and "more val images" in err and f"--split {out}/labelled.txt" in err
+    assert code == 2 and "1 more labelled images" in err and f"--split {out}/labelled.txt" in err
     (root / "ImageSets/Segmentation").mkdir(parents=True)
     shutil.copy(out / "val.txt", root / "ImageSets/Segmentation/")
     labelled = (out / "labelled.txt").read_text()
     (out / "labelled.txt").write_text(labelled.replace("im1\n", ""))
     code, said, err = run(*flags, "--split", out / "labelled.txt")
     assert code == 0 and "1 labelled images are gone (im1): from iteration 2 on" in said, err
+
+
+def test_a_labelled_image_is_removed_and_the_same_command_resumes(tmp_path, small):
+    root, out = custom(tmp_path / "data", images=14, masks=10, val=0), tmp_path / "out"
+    flags = ["--dataset", "custom", "--data-root", root, *TINY, "--iters", 4, "--out", out]
+    run_until(1, *flags)
+    (root / "JPEGImages" / "im1.jpg").unlink()
+    (root / "SegmentationClass" / "im1.png").unlink()
+    code, said, err = run(*flags)
+    assert code == 0 and "1 labelled images are gone (im1): from iteration 2 on" in said, err
+
+
+def test_another_data_root_is_said(tmp_path, small):
+    root, out = custom(tmp_path / "data"), tmp_path / "out"
+    flags = ["--dataset", "custom", *TINY, "--iters", 2, "--out", out, "--data-root"]
+    assert run(*flags, root)[0] == 0
+    moved = root.rename(tmp_path / "moved")
+    assert f"--data-root was {root}, now {moved}; if it has other images, give another --out" in (
+        run(*flags, moved)[1])
 
 
 def test_best_pth_in_place_of_last_pth_gets_a_line_of_its_own(whole, small, tmp_path):
@@ -552,13 +571,19 @@ def test_best_pth_in_place_of_last_pth_gets_a_line_of_its_own(whole, small, tmp_
 
 
 @pytest.mark.slow
-def test_a_best_pth_starts_another_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize("there", [True, False])
+def test_a_best_pth_starts_another_run(tmp_path, monkeypatch, there):
     monkeypatch.setattr(data.Shapes, "VAL", 5)
-    flags = [*TINY, "--iters", 1, "--out"]
-    assert run(*flags, tmp_path / "out")[0] == 0
-    (tmp_path / "out" / "best.pth").rename(tmp_path / "out" / "last.pth")
-    code, _, err = run(*flags, tmp_path / "out")
-    remedy = re.search(r"start from it with (--weights \S+) and another --out", err)[1].split()
+    out, flags = tmp_path / "out", [*TINY, "--iters", 1, "--out"]
+    assert run(*flags, out)[0] == 0
+    before = (out / "metrics.jsonl").read_bytes()
+    if there:
+        (out / "best.pth").rename(out / "last.pth")
+    else:
+        (out / "last.pth").unlink()
+    code, _, err = run(*flags, out)
+    assert code == 2 and (out / "metrics.jsonl").read_bytes() == before
+    remedy = re.search(r"start from the best with (--weights \S+) and another --out", err)[1].split()
     code, said, err = run(*flags, tmp_path / "another", *remedy)
     assert code == 0, err
 
