@@ -18,14 +18,15 @@ def join():
     """
     cuda, world = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE") or 1)
     if world > 1:
-        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+        needed = ["RANK", "MASTER_ADDR", "MASTER_PORT"] + ["LOCAL_RANK"] * cuda
+        missing = [name for name in needed if not os.environ.get(name)]
         if missing:
             raise ValueError(f"WORLD_SIZE is {world}, but {' and '.join(missing)} are not set: start with "
                              f"torchrun, or unset WORLD_SIZE")
         if cuda:
-            local_rank, count = int(os.environ.get("LOCAL_RANK") or 0), torch.cuda.device_count()
+            local_rank, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
             if local_rank >= count:
-                raise ValueError(f"--nproc_per_node: there are {count} GPUs here")
+                raise ValueError(f"--nproc_per_node: there are {count} GPUs here; give at most {count}")
             torch.cuda.set_device(local_rank)
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     return torch.device("cuda" if cuda else "cpu")

@@ -30,6 +30,9 @@ def test_several_processes_need_all_of_them(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(ValueError, match="WORLD_SIZE is 4, but MASTER_ADDR and MASTER_PORT are not set"):
         ranks.join()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # each process needs a GPU of its own
+    with pytest.raises(ValueError, match="MASTER_ADDR and MASTER_PORT and LOCAL_RANK are not set"):
+        ranks.join()
     monkeypatch.delenv("WORLD_SIZE")  # the remedy
     ranks.join()
 

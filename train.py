@@ -111,7 +111,8 @@ def guidance(student, teacher, batch, iteration, args):
                     zip(weak.chunk(args.accumulate), valid.chunk(args.accumulate))]
         student.train()
         gamma, labels = (torch.cat(parts) for parts in zip(*assessed))
-        gamma, confident = gather(gamma), (labels != IGNORE).sum() / valid.sum().clamp(min=1)
+        gamma = gather(gamma)
+        confident = ((labels != IGNORE).sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)).mean()
         with record_function("augmentation"):
             views, fired = strong_views(batch, weak, labels, gamma, iteration, args)
         return gamma, views, torch.stack([gamma.mean(), gamma.std(correction=0), confident, fired])
@@ -198,11 +199,9 @@ def supervised_loss(logits, labels, args):
 def ohem_loss(logits, labels, args):
     """Online hard example mining, as the authors ran Cityscapes: the mean over the pixels whose class
     has a probability below 0.7, or over a rank's 100,000 hardest if those are fewer."""
-    loss = nn.functional.cross_entropy(logits, labels.long(), ignore_index=IGNORE, reduction="none")
-    loss, seen = loss.flatten(), (labels != IGNORE).flatten()
-    kept = min(100_000 // args.accumulate, len(loss))
-    bound = loss.masked_fill(~seen, 0).topk(kept, sorted=True).values[-1]
-    hard = seen & (loss >= bound.clamp(max=-math.log(0.7)))
+    loss = nn.functional.cross_entropy(logits, labels.long(), ignore_index=IGNORE, reduction="none").flatten()
+    bound = loss.topk(min(100_000 // args.accumulate, len(loss))).values[-1]
+    hard = (labels != IGNORE).flatten() & (loss >= bound.clamp(max=-math.log(0.7)))
     return (loss * hard).sum() / hard.sum().clamp(min=1)
 
 
@@ -320,7 +319,7 @@ def parse_arguments(argv=None):
     add("--dataset", choices=PROTOCOLS, default="shapes",
         help="shapes (default) is drawn on the fly; custom is a folder of your own")
     add("--data-root",
-        help="folder of the data set, as its archive unpacks it (default: data/NAME)")
+        help="folder of the data set, as its archive unpacks it (default: data/NAME; voc_classic data/voc)")
     add("--split",
         help=f"which images are labelled: {', '.join(SPLITS)}, or a file of ids; custom without it: "
              f"every image that has a mask (default: 1_8, shapes 1_16)")
@@ -483,7 +482,8 @@ def main(argv=None):
     try:
         device = join()
     except ValueError as error:
-        sys.exit(f"train.py: {error}")
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
     torch.backends.cudnn.benchmark = device.type == "cuda"
     try:
         train(together(parse_arguments, argv), device)
