@@ -203,6 +203,8 @@ def peak_memory(make, settings, draws):
 
 def bench_memory(settings, draws):
     """The peak of a step, beside that of plain training, each in a process of its own."""
+    if settings.cuda:
+        torch.cuda.empty_cache()  # what the sections before have left is free for the other processes
     spawn, peaks = torch.multiprocessing.get_context("spawn"), []
     for make in (training_step, plain_training):
         with ProcessPoolExecutor(1, spawn) as process:
@@ -327,7 +329,7 @@ def parse_arguments(argv, folder):
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], allow_abbrev=False,
-        epilog="All other flags are train.py's, such as --backbone, --channels, --accumulate, --crop-size "
+        epilog="Most other flags are train.py's, such as --backbone, --channels, --accumulate, --crop-size "
                "(default here: 129, or 513 on a GPU), --batch-size (4, or 16), --workers (0, or 4), "
                "--dataset and --data-root (default: made-up JPEGs of 500 x 375).")
     add = parser.add_argument
@@ -345,10 +347,13 @@ def parse_arguments(argv, folder):
     cuda = args.device == "cuda"
     crop_size, batch_size, workers = (513, 16, 4) if cuda else (129, 4, 0)
     # Random weights are sure of nothing, so every pixel is let through (tau), and they hardly move (lr).
+    made_up = not any(flag.startswith("--dataset") for flag in others)
     settings = train.parse_arguments([
-        "--dataset=custom", f"--data-root={folder}", "--weights=none", "--tau=0", "--lr=1e-5",
+        *["--dataset=custom", f"--data-root={folder}"] * made_up, "--weights=none", "--tau=0", "--lr=1e-5",
         "--iters=1000000", f"--crop-size={crop_size}", f"--batch-size={batch_size}", f"--workers={workers}",
         *others, "--amp" if args.precision == "bf16" or cuda and not args.precision else "--no-amp"])
+    if settings.dataset == "shapes" or settings.supervised or settings.aux or settings.image_size:
+        parser.error("--dataset shapes, --supervised, --aux, --image-size: not measured; leave them out")
     vars(settings).update(vars(args), cuda=cuda, device=torch.device(args.device))
     return settings
 

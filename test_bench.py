@@ -14,6 +14,7 @@ import augment
 import bench
 import data
 from hardness import instance_hardness
+from test_train import HIDDEN
 
 HERE = Path(bench.__file__).parent
 
@@ -27,7 +28,7 @@ def photographs(tmp_path_factory):
 
 def run(*flags):
     return subprocess.run([sys.executable, "bench.py", *map(str, flags)], cwd=HERE,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+                          env=os.environ | {"OMP_NUM_THREADS": "1"} | HIDDEN, capture_output=True, text=True)
 
 
 @pytest.mark.slow
@@ -55,14 +56,18 @@ def test_a_folder_of_ones_own_and_one_section(photographs):
     assert "loader, labelled" in done.stdout and "step" not in done.stdout.split("quartiles")[1]
 
 
-@pytest.mark.parametrize("flag", ["--data-root", "--crop-size"])
-def test_input_that_cannot_be_used_is_one_line(tmp_path, capsys, monkeypatch, flag):
+@pytest.mark.parametrize("flags, message", [
+    ("--data-root {}", "--data-root {}: neither JPEGImages/"), ("--crop-size 1", "--crop-size 1: too small"),
+    ("--dataset cityscapes", "--data-root data/cityscapes: no such folder"),
+    ("--dataset shapes", "not measured; leave them out"), ("--aux", "not measured; leave them out")])
+def test_input_that_cannot_be_used_is_one_line(tmp_path, capsys, monkeypatch, flags, message):
     monkeypatch.setattr(bench, "make_up_photographs", lambda folder: None)
-    value = {"--data-root": str(tmp_path), "--crop-size": "1"}[flag]
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
-        bench.main(["--only", "loader", flag, value])
-    said = capsys.readouterr().err
-    assert ended.value.code == 2 and len(said.splitlines()) == 1 and value in said
+        bench.main(["--only", "loader", *flags.format(tmp_path).split()])
+    said = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and message.format(tmp_path) in said[-1]
+    assert len(said) == 1 or said[0].startswith("usage: ")
 
 
 def test_the_loop_over_images_and_classes_is_eq_5_to_7():

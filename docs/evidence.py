@@ -110,6 +110,8 @@ def accumulation(settings, ranks, memory):
     times the computed peak leaves room for what it does not count."""
     images = settings.batch_size // ranks
     need = 1.15 * MEMORY.get((settings.backbone, settings.output_stride), 0) * images / 16
+    if not settings.amp and (settings.cuda or not settings.default_amp):
+        need *= 1.85  # in float32, by the same computation
     need *= (settings.crop_size / 513) ** 2
     if settings.supervised:
         need /= 3  # B_x alone, without two views of B_u

@@ -79,7 +79,7 @@ def main():
     curve([r for r in records if "loss" in r], {f"easy: {easy}": traces[easy], f"hard: {hard}": traces[hard]}
           ).save(args.out / "gamma.png")
 
-    data = open_data(settings["dataset"], args.data_root)
+    data = open_data(settings["dataset"], args.data_root or settings["data_root"])
     ranked = sorted(traces, key=lambda name: traces[name][-1][1])
     sheet([[(data.image(name).convert("RGB"), f"{name} {traces[name][-1][1]:.2f}") for name in names]
            for names in (ranked[:4], ranked[-4:])]).save(args.out / "extremes.png")
