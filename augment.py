@@ -48,7 +48,8 @@ def weak_augment(image, mask, crop_size, rng, scale=(0.5, 2.0), max_side=None):
             crop(mask, Image.Resampling.NEAREST) if mask is not None else None)
 
 
-# Table 5's intensity operations: name -> f(image, rng).
+# Table 5's intensity operations: name -> f(image, rng). It is silent on the blur's sigma, and on the hue's
+# sign: both ways, as ColorJitter has it.
 INTENSITY_OPERATIONS = {
     "identity": lambda image, rng: image,
     "invert": lambda image, rng: TF.invert(image),

@@ -593,7 +593,7 @@ def ask_for_names(path, folder, colours, names):
 
 def read_label_map(path):
     """Lines of label:r,g,b:parts:actions, and # comments -> {(r, g, b): label}."""
-    entries = [re.match(r"(.+?):(\d+),(\d+),(\d+)(:|\s*$)", line)
+    entries = [re.match(r"(.+?):\s*(\d+),\s*(\d+),\s*(\d+)\s*(:|$)", line)
                for line in read_lines(path) if line and not line.startswith("#")]
     labels = {tuple(map(int, entry.groups()[1:4])): entry[1].strip() for entry in entries if entry}
     if not 0 < len(labels) == len(entries) or len({*labels.values()}) > IGNORE or max(map(max, labels)) > 255:

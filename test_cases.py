@@ -413,6 +413,7 @@ CASES = {
     "CVAT": (cvat(), "labelmap.txt: says", paste),
     "CVAT, subfolders": (cvat(below="Dataset1/images/train/"), "", paste),
     "CVAT, background last": (cvat("thing:184,61,245::\nbackground:0,0,0::\n"), "", paste),
+    "CVAT, spaces": (cvat("background: 0, 0, 0 ::\nthing: 184, 61, 245\n"), "", paste),
     "CVAT, capitals": (cvat("Background:0,0,0::\nthing:184,61,245::\n"), "", paste),
     "CVAT, no background": (cvat("meadow:0,128,0::\nthing:184,61,245::\n", (MEADOW, DISC)), "", paste),
     "CVAT, one class": (cvat("thing:184,61,245::\n"), "", convert_and_add_a_line),
