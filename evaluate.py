@@ -297,7 +297,7 @@ def chosen_ids(args, data, state):
         return names, f"of {args.list}"
     if lists and (not args.data_root or there.issuperset(lists["labelled"] + lists["val"])):
         return [name for name in lists["val"] if name in there], "of the run's validation set"
-    if data.notes:  # nobody has told which are for validation
+    if data.notes and args.data_root:  # nobody has told which are for validation
         return sorted(data.val + data.labelled), f"with a mask in {data.root}"
     return data.val, f"of the validation set in {data.root}"
 
