@@ -293,8 +293,10 @@ def unread(data, owner):
     # Beside those that are read: where they lie in subfolders, the folder above must stay empty.
     new_image = next(iter(data.images.values()), photographs / "x").parent
     new_mask = next(iter((raw if converted(data) else data.masks).values()), masks / "x").parent
-    for path in sorted(map(data.root.joinpath, glob("**/*", root_dir=data.root, recursive=True))):
-        if path not in used and path.is_file() and path.name not in SYSTEM_FILES:
+    linked = (top / name for top in data.folders for name in glob("**/*", root_dir=top, recursive=True))
+    for path in sorted({*data.root.rglob("*"), *linked}):  # rglob follows no links, which may lead anywhere
+        hidden = any(part.startswith(".") for part in path.relative_to(data.root).parts)
+        if not hidden and path not in used and path.is_file() and path.name not in SYSTEM_FILES:
             groups.setdefault((path.parent, path.suffix.lower()), []).append(path)
     for (folder, suffix), paths in groups.items():
         among_images = photographs in (folder, *folder.parents)
