@@ -396,7 +396,7 @@ def files_in(folder, suffixes):
         os.listdir(folder)  # a PermissionError, which glob would leave out
     for pattern in ("*", "**/*"):
         found = sorted(folder / name for name in glob(pattern, root_dir=folder, recursive=True)
-                       if Path(name).suffix.lower() in suffixes and not (folder / name).is_dir())
+                       if os.path.splitext(name)[1].lower() in suffixes)
         if found:
             break
     return found

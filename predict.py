@@ -61,7 +61,8 @@ def find_photographs(paths):
     for path in paths:
         if not path.exists():
             raise InputError(f"{path}: no such file or folder")
-        inside = files_in(path, IMAGE_SUFFIXES | HEIC_SUFFIXES) if path.is_dir() else [path]
+        inside = [path] if not path.is_dir() else [
+            file for file in files_in(path, IMAGE_SUFFIXES | HEIC_SUFFIXES) if not file.is_dir()]
         if not inside:
             raise InputError(f"{path}: no photograph in it; what is read is "
                              f"{' '.join(sorted(IMAGE_SUFFIXES))}")
