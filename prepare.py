@@ -311,7 +311,8 @@ def unread(data, owner):
         like_masks = not among_images and 2 * sum(bool(owner(path.stem)) for path in paths) > len(paths)
         lines = of_masks if among_masks or (like_masks and suffix in IMAGE_SUFFIXES) else of_photographs
         if lines is of_masks and is_source and (suffix in LOSSLESS or converted(data)):
-            remedy = data.conversion() if "test" not in map(str.lower, folder.parts) else (
+            in_test = "test" in map(str.lower, folder.relative_to(data.root).parts)
+            remedy = data.conversion() if not in_test else (
                 "to evaluate on them, move them and their photographs to another folder, and convert there")
         elif lines is of_masks:
             remedy = "if they are masks, " + (

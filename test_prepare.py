@@ -611,7 +611,7 @@ def test_a_dead_link_among_masks_that_have_been_converted_is_no_traceback(tmp_pa
 
 @pytest.mark.parametrize("mask", [grey(0, 255), coloured((0, 0, 0), (128, 0, 0))], ids=["0 and 255", "RGB"])
 def test_masks_that_come_after_the_conversion(tmp_path, mask):
-    root = tmp_path / "my data"
+    root = tmp_path / "test" / "my data"  # a name that means something below the root alone
     test_cases.folder(mask)(root)
     options = ["--dataset", "custom", "--data-root", root]
     while report(*options, "--convert")[0]:  # the second time with labelmap.txt
@@ -621,6 +621,23 @@ def test_masks_that_come_after_the_conversion(tmp_path, mask):
     assert f"{root / 'masks'}: 2 files .png (p06.png for one) are not read; make class ids" in said
     paste(root, said)
     assert np.array_equal(converted(root, "p07"), scene(7)[1])
+
+
+def test_masks_in_test_that_are_told_by_colour_are_converted_in_a_folder_of_their_own(tmp_path):
+    root, other = tmp_path / "mine", tmp_path / "other"
+    test_cases.folder(grey(0, 255), images="images/train", masks="masks/train")(root)
+    report("--dataset", "custom", "--data-root", root, "--convert")
+    test_cases.folder(grey(0, 255), images="images/test", image="t{}.jpg", masks="masks/test",
+                      name="t{}.png")(root)
+    said = report("--dataset", "custom", "--data-root", root)[1]
+    assert "6 files .png (t0.png for one) are not read; to evaluate on them, move them and their" in said
+    for part in ("images", "masks"):
+        other.mkdir(exist_ok=True)
+        (root / part / "test").rename(other / part)
+    (other / "class_names.txt").write_text("background\nthing\n")
+    assert report("--dataset", "custom", "--data-root", other, "--convert")[0] == 0
+    assert np.array_equal(converted(other, "t1"), scene(1)[1])
+    assert "t0" not in report("--dataset", "custom", "--data-root", root)[1]
 
 
 def test_a_class_that_no_mask_holds_is_said_as_training_starts(tmp_path, capsys):
