@@ -1,40 +1,28 @@
-"""Data sets, their protocols (Sec. 3), the split into labelled and unlabelled, and seeded batches.
+"""Data sets, their lists and masks, and the split into labelled and unlabelled images.
 
-prepare.py is the command that checks, downloads and converts them.
-
-Every random draw is a function of (seed, iteration, slot in the global batch): no generator lives
-from one iteration to the next, so a run can resume anywhere, on any number of ranks and workers.
+check.py says whether they are fit to train on; prepare.py is the command that reports on them.
 """
 
-import multiprocessing
 import os
 import re
 import shlex
-import signal
 import sys
-import threading
 import unicodedata
 import warnings
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
 from glob import glob
-from multiprocessing import resource_tracker
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-import augment
 from shapes import SHAPES_CLASSES, draw_shapes
 
 if sys.version_info.minor < 10:  # every command comes by here
     sys.exit(f"HagSeg needs Python 3.10 or later; this is {sys.version_info[0]}.{sys.version_info[1]}")
 
 IGNORE = 255
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
-PAD_COLOUR = tuple(round(255 * m) for m in MEAN)
 SPLITS = {"1_16": 16, "1_8": 8, "1_4": 4, "1_2": 2, "full": 1}
 HERE = Path(__file__).resolve().parent
 
@@ -42,41 +30,6 @@ HERE = Path(__file__).resolve().parent
 class InputError(Exception):
     """Something that the user can fix: one line that names the file or flag, and the remedy."""
 
-
-@dataclass(frozen=True)
-class Protocol:
-    """What --dataset settles unless a flag says otherwise: a row of the README's protocols."""
-    data_root: str = "data/custom"
-    split: str | None = None
-    backbone: str = "resnet50"
-    output_stride: int = 16
-    channels: int = 256
-    weights: str = "imagenet"
-    crop_size: int = 513
-    scale: tuple = (0.5, 2.0)
-    window: int | None = None  # of the sliding evaluation; None: the whole image in one pass
-    batch_size: int = 16
-    epochs: int = 80
-    tau: float = 0.95
-    lr: float = 0.01  # of the decoder
-    encoder_lr: float = 0.001
-    weight_decay: float = 1e-4
-    lambda_u: float = 3.0
-    ema: float = 0.996  # alpha of Eq. 2
-    eval_every: int = 1  # epochs
-
-
-VOC = Protocol(data_root="data/voc", split="1_8")
-PROTOCOLS = {
-    "shapes": Protocol(data_root="", split="1_16", backbone="resnet18", channels=64, weights="none",
-                       crop_size=32, scale=(1, 1.25), batch_size=8, epochs=14, ema=0.98, lr=0.03,
-                       encoder_lr=0.03, eval_every=2),
-    "voc": VOC,
-    "voc_classic": VOC,
-    "cityscapes": Protocol(data_root="data/cityscapes", split="1_8", crop_size=769, window=769,
-                           epochs=240, tau=0.7, encoder_lr=0.01, weight_decay=5e-4),
-    "custom": Protocol(),
-}
 
 VOC_CLASSES = [
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -241,7 +194,7 @@ def open_data(dataset, root=None):
             raise InputError(f"--data-root {root}: the data set shapes is drawn, not read; give --dataset "
                              f"custom (or voc, voc_classic, cityscapes) with it")
         return Shapes()
-    root = Path(root or PROTOCOLS[dataset].data_root)
+    root = Path(root)
     if not os.path.isdir(root):  # Path.is_dir raises where a folder above cannot be read
         remedy = {"voc": f", or download it: {command('prepare.py', 'voc', root, '--download')}",
                   "cityscapes": ", with leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip from "
@@ -490,164 +443,3 @@ class Shapes(SegmentationData):
 
     def labels(self, name):
         return np.array(draw_shapes(name)[1]), None
-
-
-# The streams of draws: (seed, stream, iteration, slot) is the whole state of a generator.
-ORDER_X, ORDER_U, AUGMENT_X, AUGMENT_U, CUTMIX = range(5)
-
-
-def generator(seed, stream, *counters):
-    return np.random.default_rng((seed, stream, *counters))
-
-
-@lru_cache(maxsize=8)
-def shuffled(count, seed, stream, epoch):
-    return generator(seed, stream, epoch).permutation(count)
-
-
-def drawn_id(ids, batch_size, seed, stream, iteration, slot):
-    """The id in a slot of an iteration's global batch: the ids, shuffled anew for each epoch."""
-    epoch, position = divmod(iteration * batch_size + slot, len(ids))
-    return ids[shuffled(len(ids), seed, stream, epoch)[position]]
-
-
-@dataclass
-class TrainingDraws(torch.utils.data.Dataset):
-    """Item (iteration, slot): the labelled and the unlabelled image in a slot of the global batch.
-
-    A dict of uint8 tensors, S the crop size: x (3, S, S) and its labels y (S, S), 255 on void and
-    padding; weak and strong (3, S, S), the views A_w(u) and A_s(u); and the bool map valid (S, S),
-    False on padding. Without `unlabelled` (None), x and y alone; with strong=False, no strong view.
-    """
-    data: SegmentationData
-    labelled: list
-    unlabelled: list | None
-    batch_size: int
-    crop_size: int
-    seed: int
-    scale: tuple = (0.5, 2.0)
-    max_side: int | None = None
-    strong: bool = True
-
-    def __getitem__(self, key):
-        item = self.labelled_item(*key)
-        return item | self.unlabelled_item(*key) if self.unlabelled else item
-
-    def ids(self, iteration):
-        """The ids of a whole batch: (labelled, unlabelled)."""
-        return tuple([drawn_id(ids, self.batch_size, self.seed, stream, iteration, slot)
-                      for slot in range(self.batch_size)] if ids else []
-                     for ids, stream in ((self.labelled, ORDER_X), (self.unlabelled, ORDER_U)))
-
-    def labelled_item(self, iteration, slot):
-        name = drawn_id(self.labelled, self.batch_size, self.seed, ORDER_X, iteration, slot)
-        rng = generator(self.seed, AUGMENT_X, iteration, slot)
-        image, mask = self.weak(name, self.data.mask(name), rng)
-        return {"x": self.to_tensor(image, PAD_COLOUR), "y": self.to_tensor(mask, IGNORE)}
-
-    def unlabelled_item(self, iteration, slot):
-        name = drawn_id(self.unlabelled, self.batch_size, self.seed, ORDER_U, iteration, slot)
-        rng = generator(self.seed, AUGMENT_U, iteration, slot)
-        image, _ = self.weak(name, None, rng)
-        valid = torch.zeros(self.crop_size, self.crop_size, dtype=torch.bool)
-        valid[:image.height, :image.width] = True
-        item = {"weak": self.to_tensor(image, PAD_COLOUR), "valid": valid}
-        if self.strong:
-            item["strong"] = self.to_tensor(augment.strong_augment(image, rng), PAD_COLOUR)
-        return item
-
-    def weak(self, name, mask, rng):
-        image = self.data.image(name)
-        if mask is not None and mask.size != image.size:
-            raise InputError(f"{self.data.masks[name]}: not of the size of its image; export it again")
-        with reading(self.data.images[name]):  # a photograph is decoded here, and may be truncated
-            return augment.weak_augment(image, mask, self.crop_size, rng, self.scale, self.max_side)
-
-    def to_tensor(self, picture, fill):
-        return picture_to_tensor(augment.pad(picture, self.crop_size, fill))
-
-
-def picture_to_tensor(picture):
-    """Pillow RGB or L -> uint8 (3, H, W), channels last in memory as Pillow has them, or (H, W)."""
-    pixels = torch.from_numpy(np.array(picture))
-    return pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels
-
-
-def stack_items(items):
-    """default_collate of images as they lie in memory, channels last, which is several times faster."""
-    pixels = [{name: t.permute(1, 2, 0) if t.ndim == 3 else t for name, t in item.items()}
-              for item in items]
-    return {name: t.permute(0, 3, 1, 2) if t.ndim == 4 else t
-            for name, t in torch.utils.data.default_collate(pixels).items()}
-
-
-def training_batches(draws, slots, start, stop, workers, pin_memory=False):
-    """Iterates over the batches of iterations start..stop-1: of their items, those in `slots`."""
-    keys = ([(iteration, slot) for slot in slots] for iteration in range(start, stop))
-    return loaded(draws, workers, batch_sampler=keys, pin_memory=pin_memory, collate_fn=stack_items)
-
-
-def loaded(dataset, workers, **options):
-    """Yields what DataLoader(dataset, num_workers=workers, **options) does. Its processes end with the
-    generator, and until then leave the signals that stop a run to the process that they load for.
-    Raises the InputError of an item as one line, and another for a process that died.
-
-    Beside other ranks they come from a fork server, as DDP's documentation asks: a fork beside the
-    threads of gloo can inherit a lock of Python's that nobody there lets go of, and hang. They import
-    the script, which so needs its `if __name__ == "__main__"`.
-    """
-    distributed = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
-    context = None
-    if workers and distributed:
-        context = "forkserver" if hasattr(os, "fork") else "spawn"  # Windows
-        multiprocessing.set_forkserver_preload(["torchvision"])  # once, and not once a process
-        resource_tracker.ensure_running()  # its start would unblock the signals
-    with loader_signals():
-        items = iter(torch.utils.data.DataLoader(
-            dataset, num_workers=workers, multiprocessing_context=context,
-            worker_init_fn=end_with_parent, **options))
-    try:
-        yield from items
-    except InputError as error:  # a loader process puts its traceback before the message
-        text = str(error).strip().splitlines()[-1].removeprefix("data.InputError: ")
-        raise InputError(text) from error.with_traceback(None)  # its frames would hold `items`
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        reason = str(error).strip().splitlines()[-1]
-        raise InputError(f"a loader process died ({reason}); lower --workers, or free memory") from None
-    finally:
-        del items
-
-
-def end_with_parent(_):
-    """End a loader process when the process that it loads for has ended, were it killed. (torch asks for
-    the process that it was forked by, which may be the server.)"""
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: parent.join() or os._exit(1), daemon=True).start()
-
-
-@contextmanager
-def loader_signals():
-    """Processes started within it, or by a fork server that was, inherit that the signals which stop a run
-    are blocked. A loader's death is noticed when its next item is asked for, and not, as torch has it, at
-    any line of code."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1,
-                                                     signal.SIGHUP})
-    handler = signal.getsignal(signal.SIGCHLD)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        if signal.getsignal(signal.SIGCHLD) is not handler:
-            signal.signal(signal.SIGCHLD, handler)
-
-
-def normalize(images):
-    """uint8 (B, 3, H, W) on any device -> float32, normalised with ImageNet's mean and deviation."""
-    mean, std = (torch.tensor(v)[:, None, None].mul(255).to(images.device, non_blocking=True)
-                 for v in (MEAN, STD))
-    return (images - mean) / std

@@ -16,19 +16,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from data import (
-    IGNORE,
-    InputError,
-    loaded,
-    normalize,
-    open_data,
-    picture_to_tensor,
-    read_list,
-    reading,
-    short_list,
-)
+from batches import loaded, normalize, picture_to_tensor
+from check import check_classes, check_files
+from data import IGNORE, InputError, open_data, read_list, reading, short_list
 from model import DeepLabV3Plus
-from prepare import check_classes, check_files
 from ranks import join, leave, rank, say, sum_over_ranks, together, world_size
 
 WHOLE_IMAGE_PIXELS = 2048 * 1024  # a larger image goes through windows, so that memory is bounded

@@ -98,6 +98,16 @@ class DeepLabV3Plus(nn.Module):
             yield from part.parameters()
 
 
+@torch.no_grad()
+def update_teacher(teacher, student, alpha, iteration):
+    """Eq. 2: teacher = alpha teacher + (1 - alpha) student, floating-point buffers included. R9, alpha
+    grows as in Mean Teacher: min(alpha, 1 - 1/(t + 1)). Works with any two networks of one kind."""
+    alpha = min(alpha, 1 - 1 / (iteration + 1))
+    theta_t, theta_s = ([v for v in (*network.parameters(), *network.buffers()) if v.is_floating_point()]
+                        for network in (teacher, student))
+    torch._foreach_lerp_(theta_t, theta_s, 1 - alpha)
+
+
 class ImagePooling(nn.Sequential):
     """ASPP's image pooling, of torchvision's modules: one value a channel, the same at every pixel.
 

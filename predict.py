@@ -12,15 +12,8 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from data import (
-    HEIC_SUFFIXES,
-    IMAGE_SUFFIXES,
-    InputError,
-    files_in,
-    open_photograph,
-    picture_to_tensor,
-    reading,
-)
+from batches import picture_to_tensor
+from data import HEIC_SUFFIXES, IMAGE_SUFFIXES, InputError, files_in, open_photograph, reading
 from evaluate import colourize, confidence_map, load_model, predict
 from hardness import confident_ratio, weighted_iou
 

@@ -1,13 +1,25 @@
-"""HagSeg: hardness-adaptive guidance for semi-supervised semantic segmentation (Algorithm 1).
+"""HagSeg: hardness-adaptive guidance for semi-supervised semantic segmentation.
 
-    torchrun train.py                                         the embedded data set, in minutes
+    python train.py                                               the embedded data set, in minutes
     torchrun --nproc_per_node=4 train.py --dataset voc --split 1_8
 
-The same command resumes a run that was stopped. train_step is Algorithm 1, train the loop around it;
-R1 to R14 are the readings of the paper, in the README's table.
+The same command resumes a run that was stopped. An iteration is Algorithm 1: x are labelled images with
+labels y, u unlabelled ones; A_w is the weak view, A_I the intensity view and A_C the CutMix view.
+
+    p_s, p_t = student(A_w(u)), teacher(A_w(u))                      lines 3 and 4, without gradient
+    gamma    = 1 - rho_s/2 wIoU(p_s, p_t) - rho_t/2 wIoU(p_t, p_s)   line 5: Eq. 5-7, large for hard
+    z        = argmax p_t where max p_t >= tau, ignored elsewhere    the pseudo-labels
+    u_I      = (1 - gamma) A_I(u) + gamma A_w(u)                     Eq. 8
+    u_C, z_C = A_C(u, z) of hard-easy pairs, if coin > mean gamma    Eq. 9
+    L_x      = H(student(x), y)                                      line 1: Eq. 3, H is cross-entropy
+    L_u      = (1 - gamma)/2 [H(student(u_I), z) + H(student(u_C), z_C)]        line 7: Eq. 10
+    L        = L_x + lambda_u L_u                                    line 8: Eq. 1, and SGD
+    teacher  = alpha teacher + (1 - alpha) student                   Eq. 2
+
+train_step is this iteration, train the loop around it. R1 to R14 are the readings of the paper
+(docs/readings.md).
 """
 
-import argparse
 import copy
 import math
 import os
@@ -23,22 +35,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.profiler import record_function
 
 from augment import blend_intensity, box_masks, cutmix, hard_easy_pairs, random_boxes
-from data import (
-    CUTMIX,
-    IGNORE,
-    PROTOCOLS,
-    SPLITS,
-    InputError,
-    Protocol,
-    TrainingDraws,
-    generator,
-    normalize,
-    open_data,
-    split_ids,
-)
+from batches import CUTMIX, TrainingDraws, generator, normalize
+from check import check_data
+from data import IGNORE, InputError, open_data, split_ids
 from hardness import (
     confidence_hardness,
     instance_hardness,
@@ -47,10 +48,10 @@ from hardness import (
     pseudo_label,
     unsupervised_loss,
 )
-from model import BACKBONES, DeepLabV3Plus
-from prepare import check_data
+from model import DeepLabV3Plus, update_teacher
 from ranks import average_buffers, gather, join, leave, own, rank, say, together, world_size
-from run import Run, RunError, handlers_kept
+from run_folder import Run, RunError, handlers_kept
+from settings import parse_arguments
 
 # What else is said where memory, or the int that counts elements, runs out.
 TOO_LARGE = ("out of memory|allocate memory|_STATUS_ALLOC_FAILED|INT_MAX elements|"
@@ -58,137 +59,149 @@ TOO_LARGE = ("out of memory|allocate memory|_STATUS_ALLOC_FAILED|INT_MAX element
 
 
 def train_step(student, teacher, optimizer, batch, iteration, args):
-    """One iteration of Algorithm 1, then SGD and the teacher (Eq. 2).
+    """Algorithm 1 on one mini-batch, then SGD on the student and Eq. 2 on the teacher.
 
-    student:  on its device, bare or under DDP; teacher: its average, in evaluation mode.
+    student:  on its device, bare or under DDP.
+    teacher:  its running average, in evaluation mode.
     batch:    this rank's part of the global batch, as TrainingDraws makes it, on the device.
-    Returns (scalars, gamma) on the device, without a host-device sync of its own (DDP and
-    SyncBatchNorm have theirs): the values of run.METRICS, and the hardness of the global batch, (B,),
-    or None under --supervised.
+    Returns (scalars, gamma) on the device: the values of run_folder.METRICS, and the hardness of the
+    global batch, (B,), or None under --supervised. No host-device sync but those of DDP and SyncBatchNorm.
     """
     bare = student.module if isinstance(student, DistributedDataParallel) else student
-    gamma, views, measured = None, [], torch.zeros(4, device=batch["x"].device)
+    # What the student sees, what supervises it, and how much each strong view weighs in Eq. 10.
+    images, labels, weights = [batch["x"]], [batch["y"]], []
+    gamma, hardness = None, torch.zeros(len(batch["x"]), device=batch["x"].device)
+    measured = hardness.new_zeros(4)
+
+    # Lines 2-6: the hardness of each unlabelled image, and the strong views that follow from it.
     if not args.supervised:
-        gamma, views, measured = guidance(bare, teacher, batch, iteration, args)  # lines 2-6
+        weak, valid = normalize(batch["weak"]), batch["valid"]
+        gamma, pseudo_labels = assess(bare, teacher, weak, valid, args)
+        views, fired = strong_views(batch, weak, pseudo_labels, gamma, iteration, args)
+        for view, supervising, weight in views:
+            images.append(view)
+            labels.append(supervising)
+            weights.append(weight)
+        if args.loss == "hardness":  # zeros make Eq. 10 Eq. 4
+            hardness = own(gamma)
+        confident = ((pseudo_labels != IGNORE).sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)).mean()
+        measured = torch.stack([gamma.mean(), gamma.std(correction=0), confident, fired])
 
-    def micro(tensor, k):
-        return tensor.chunk(args.accumulate)[k]
-
+    # Lines 1, 7 and 8: the loss and its gradient, a micro-batch at a time.
     optimizer.zero_grad()
     losses = []
-    for k in range(args.accumulate):
-        last = k == args.accumulate - 1
-        with nullcontext() if last or student is bare else student.no_sync():
-            loss, *parts = micro_batch_loss(  # lines 1, 7 and 8
-                student, micro(batch["x"], k), micro(batch["y"], k),
-                [(micro(images, k), micro(labels, k), weight) for images, labels, weight in views],
-                None if gamma is None else micro(own(gamma), k), args)
-            with record_function("backward"):
-                (loss / args.accumulate).backward()
+    for i in micro_batches(len(hardness), args.accumulate):
+        last = i.stop == len(hardness)
+        with nullcontext() if last or student is bare else student.no_sync():  # ranks add gradients once
+            loss, *parts = loss_terms(student, [v[i] for v in images], [v[i] for v in labels], weights,
+                                      hardness[i], args)
+            (loss / args.accumulate).backward()
         losses.append(torch.stack([loss, *parts]).detach())
 
-    with record_function("optimizer"):
-        for group in optimizer.param_groups:  # poly decay, Sec. 3
-            group["lr"] = group["initial_lr"] * (1 - iteration / args.iters) ** 0.9
-        optimizer.step()
-    with record_function("teacher"):
-        if world_size() > 1 and not args.cuda:
-            average_buffers(bare)
-        update_teacher(teacher, bare, args.ema, iteration)
+    # SGD, with a rate that decays with power 0.9 (Sec. 3); then the teacher.
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * (1 - iteration / args.iters) ** 0.9
+    optimizer.step()
+    if world_size() > 1 and not args.cuda:  # where there is no SyncBatchNorm
+        average_buffers(bare)
+    update_teacher(teacher, bare, args.ema, iteration)
     return torch.cat([torch.stack(losses).mean(0), measured]), gamma
 
 
-def guidance(student, teacher, batch, iteration, args):
-    """Algorithm 1, lines 2-6: how hard each unlabelled image is, and the strong views that follow.
-
-    Returns (gamma of the global batch (B,); this rank's strong views, as strong_views makes them;
-    mean and spread of gamma, the confident ratio and whether CutMix fired, (4,)).
-    """
-    with torch.no_grad():
-        weak, valid = normalize(batch["weak"]), batch["valid"]
-        student.eval()  # R8
-        assessed = [assess(student, teacher, *images, args) for images in
-                    zip(weak.chunk(args.accumulate), valid.chunk(args.accumulate))]
-        student.train()
-        gamma, labels = (torch.cat(parts) for parts in zip(*assessed))
-        gamma = gather(gamma)
-        confident = ((labels != IGNORE).sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)).mean()
-        with record_function("augmentation"):
-            views, fired = strong_views(batch, weak, labels, gamma, iteration, args)
-        return gamma, views, torch.stack([gamma.mean(), gamma.std(correction=0), confident, fired])
+def micro_batches(images, accumulate):
+    """The slices into which --accumulate splits a rank's images."""
+    size = images // accumulate
+    return [slice(start, start + size) for start in range(0, images, size)]
 
 
+@torch.no_grad()
 def assess(student, teacher, weak, valid, args):
-    """Algorithm 1, lines 3-5, for one micro-batch: gamma (b,) and the pseudo-labels (b, H, W)."""
-    with record_function("no-gradient passes"), autocast(weak, args):
-        prob_s, prob_t = student(weak).softmax(1), teacher(weak).softmax(1)  # lines 3 and 4
-    with record_function("hardness"):
-        return phi(prob_t, prob_s, valid, args), pseudo_label(prob_t, args.tau, valid)
+    """Lines 2-6 of Algorithm 1: how hard each unlabelled image is, and its pseudo-labels.
+
+    student:      bare, as DDP is for passes with gradient alone.
+    weak, valid:  this rank's normalised weak views (b, 3, H, W), and their map of what is no padding.
+    Returns (gamma of the global batch (B,), this rank's pseudo-labels (b, H, W) uint8).
+    """
+    student.eval()  # R8, BatchNorm in evaluation mode
+    gamma, labels = [], []
+    for i in micro_batches(len(weak), args.accumulate):
+        with autocast(weak.device, args.amp):
+            prob_s = student(weak[i]).softmax(1)  # line 3
+            prob_t = teacher(weak[i]).softmax(1)  # line 4
+        gamma.append(phi(prob_t, prob_s, valid[i], args))  # line 5
+        labels.append(pseudo_label(prob_t, args.tau, valid[i]))
+    student.train()
+    return gather(torch.cat(gamma)), torch.cat(labels)
 
 
 def phi(prob_t, prob_s, valid, args):
-    """phi of Algorithm 1, line 5: Eq. 7, or one of the alternatives of Fig. 3(a)."""
+    """phi of line 5: Eq. 7, or one of the alternatives of Fig. 3(a). (b, C, H, W) twice -> (b,)."""
     if args.hardness == "confidence":
         return confidence_hardness(prob_t, prob_s, args.tau, valid)
     if args.hardness == "loss":
         return loss_hardness(prob_t, prob_s, valid=valid)
-    ignore_class = 0 if args.ignore_background else None
-    return instance_hardness(prob_t, prob_s, args.tau, valid, ignore_class)
+    return instance_hardness(prob_t, prob_s, args.tau, valid, 0 if args.ignore_background else None)
 
 
+@torch.no_grad()
 def strong_views(batch, weak, labels, gamma, iteration, args):
-    """This rank's strong views and their pseudo-labels: Eq. 8 and Eq. 9, or rows of Table 4.
+    """This rank's strong views: those of Eq. 8 and Eq. 9, or of a row of Table 4.
 
-    weak is the normalised weak view, `labels` its pseudo-labels, gamma the global batch's hardness.
+    weak: the normalised weak views; labels: their pseudo-labels; gamma: the global batch's hardness.
     Returns ([(images, pseudo-labels, weight in Eq. 10), ...], whether CutMix fired: a float scalar).
-    The pairs, u and the boxes are the global batch's (R11), so the ranks exchange images as uint8.
     """
     views, fired = [], gamma.new_zeros(())
     if args.intensity != "none":
         strong = normalize(batch["strong"])
-        if args.intensity == "hardness":
-            strong = blend_intensity(weak, strong, own(1 - gamma if args.as_printed else gamma))  # Eq. 8
+        if args.intensity == "hardness":  # Eq. 8; R1, the strong view weighs 1 - gamma
+            strong = blend_intensity(weak, strong, own(1 - gamma if args.as_printed else gamma))
         views.append((strong, labels))
     if args.cutmix != "none":
-        rng = generator(args.seed, CUTMIX, iteration)
-        u, size = rng.random(), labels.shape[-1]
-        masks = box_masks(random_boxes(len(gamma), size, size, rng).to(gamma.device, non_blocking=True),
-                          size, size)
-        if args.cutmix == "hardness":
-            partner, gamma_bar = hard_easy_pairs(gamma), gamma.mean()
-            fired = u < gamma_bar if args.as_printed else u > gamma_bar  # R2
-        else:
-            partner = torch.from_numpy(rng.permutation(len(gamma))).to(gamma.device, non_blocking=True)
-            fired = torch.full((), u < 0.5, device=gamma.device)
-        mixed, mixed_labels = cutmix(gather(batch["weak"]), gather(labels), partner, masks & fired)  # Eq. 9
-        views.append((normalize(own(mixed)), own(mixed_labels)))
-    views, fired = views or [(weak, labels)], fired.float()
-    weights = [1 / len(views)] * len(views)
-    if args.as_released and len(views) == 2:  # the term of a CutMix that did not fire is left out (R7)
+        mixed, mixed_labels, fired = cutmix_view(batch["weak"], labels, gamma, iteration, args)
+        views.append((mixed, mixed_labels))
+    views = views or [(weak, labels)]  # neither: the weak view itself
+    weights = [1 / len(views)] * len(views)  # the 2 of Eq. 10
+    if args.as_released and len(views) == 2:  # R7, a CutMix that did not fire has no term
         weights = [1 - fired / 2, fired / 2]
     return [(*view, weight) for view, weight in zip(views, weights)], fired
 
 
-def micro_batch_loss(student, x, y, views, gamma, args):
-    """Algorithm 1, lines 1, 7 and 8, for one micro-batch: the scalars L, L_x and L_u.
+def cutmix_view(weak, labels, gamma, iteration, args):
+    """Eq. 9: (A_C(u) normalised, its pseudo-labels, whether CutMix fired: a float scalar).
 
-    x, y: labelled images and labels as uint8; views: [(images, pseudo-labels, weight), ...], none
-    under --supervised; gamma: (b,). The student sees all images in one forward.
+    weak, labels: this rank's weak views and pseudo-labels, uint8. The pairs, the coin and the boxes are
+    those of the global batch (R11, over all GPUs), for which the ranks exchange both.
     """
-    with record_function("student forward"), autocast(x, args):
-        logits = student(torch.cat([normalize(x), *(images for images, *_ in views)]))
-    with record_function("loss"):
-        logits, auxiliary = logits if args.aux else (logits, None)
-        logits_x, *logits_u = logits.split(len(x))
-        loss_x = supervised_loss(logits_x, y, args)
-        if args.aux:
-            loss_x = loss_x + 0.4 * supervised_loss(auxiliary[:len(x)], y, args)
-        loss_u = torch.zeros_like(loss_x)
-        if views:
-            gamma = gamma * (args.loss == "hardness")  # 0 makes Eq. 10 Eq. 4
-            _, pseudo_labels, weights = zip(*views)
-            loss_u = unsupervised_loss(logits_u, pseudo_labels, gamma, weights)
-        return loss_x + args.lambda_u * loss_u, loss_x, loss_u  # Eq. 1
+    rng, size = generator(args.seed, CUTMIX, iteration), labels.shape[-1]
+    coin, boxes = rng.random(), random_boxes(len(gamma), size, size, rng)
+    if args.cutmix == "hardness":
+        partner, gamma_bar = hard_easy_pairs(gamma), gamma.mean()
+        fired = coin < gamma_bar if args.as_printed else coin > gamma_bar  # R2, fires for easy batches
+    else:  # standard: random pairs, half of the time
+        partner = torch.from_numpy(rng.permutation(len(gamma))).to(gamma.device, non_blocking=True)
+        fired = torch.full((), coin < 0.5, device=gamma.device)
+    masks = box_masks(boxes.to(gamma.device, non_blocking=True), size, size) & fired
+    mixed, mixed_labels = cutmix(gather(weak), gather(labels), partner, masks)
+    return normalize(own(mixed)), own(mixed_labels), fired.float()
+
+
+def loss_terms(student, images, labels, weights, gamma, args):
+    """Lines 1, 7 and 8 of Algorithm 1 on a micro-batch of b + b images: the scalars L, L_x and L_u.
+
+    images:  [x, *views], what the student sees in one forward: x (b, 3, H, W) uint8, views normalised.
+    labels:  what supervises each of them, (b, H, W) uint8; weights: those of the views in Eq. 10.
+    gamma:   (b,).
+    """
+    (x, *views), (y, *pseudo_labels) = images, labels
+    with autocast(x.device, args.amp):
+        logits = student(torch.cat([normalize(x), *views]))
+    logits, auxiliary = logits if args.aux else (logits, None)
+    logits_x, *logits_u = logits.split(len(x))
+    loss_x = supervised_loss(logits_x, y, args)  # line 1
+    if args.aux:
+        loss_x = loss_x + 0.4 * supervised_loss(auxiliary[:len(x)], y, args)
+    loss_u = unsupervised_loss(logits_u, pseudo_labels, gamma, weights)  # line 7
+    return loss_x + args.lambda_u * loss_u, loss_x, loss_u  # line 8: Eq. 1
 
 
 def supervised_loss(logits, labels, args):
@@ -205,17 +218,8 @@ def ohem_loss(logits, labels, args):
     return (loss * hard).sum() / hard.sum().clamp(min=1)
 
 
-@torch.no_grad()
-def update_teacher(teacher, student, alpha, iteration):
-    """Eq. 2, with alpha = min(alpha, 1 - 1/(t + 1)) as in Mean Teacher; buffers likewise (R9)."""
-    alpha = min(alpha, 1 - 1 / (iteration + 1))
-    theta_t, theta_s = ([v for v in (*network.parameters(), *network.buffers()) if v.is_floating_point()]
-                        for network in (teacher, student))
-    torch._foreach_lerp_(theta_t, theta_s, 1 - alpha)  # alpha theta_t + (1 - alpha) theta_s
-
-
-def autocast(images, args):
-    return torch.autocast(images.device.type, torch.bfloat16, enabled=args.amp)
+def autocast(device, enabled):
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 def train(args, device):
@@ -300,179 +304,6 @@ def demand_fit_data(args, data, labelled, unlabelled):
         more = len(found.problems) - 1
         raise InputError(found.problems[0] + f" (and {more} more: {data.command('prepare.py')})" * bool(more))
     return found.notes
-
-
-def parse_arguments(argv=None):
-    """The settings of a run: the flags, and the data set's protocol (data.PROTOCOLS) under them."""
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            raise InputError(f"{message}; see python train.py --help")
-
-    def default(name):  # of all data sets, and of those that differ
-        usual = getattr(Protocol(), name)
-        return f"default: {usual}" + "".join(
-            f", {dataset} {getattr(protocol, name)}" for dataset, protocol in PROTOCOLS.items()
-            if getattr(protocol, name) != usual)
-
-    parser = Parser(description="Train HagSeg, the rows of its Table 4, or the supervised baseline.")
-    add = parser.add_argument_group("data").add_argument
-    add("--dataset", choices=PROTOCOLS, default="shapes",
-        help="shapes (default) is drawn on the fly; custom is a folder of your own")
-    add("--data-root",
-        help="folder of the data set, as its archive unpacks it (default: data/NAME; voc_classic data/voc)")
-    add("--split",
-        help=f"which images are labelled: {', '.join(SPLITS)}, or a file of ids; custom without it: "
-             f"every image that has a mask (default: 1_8, shapes 1_16)")
-    add("--crop-size", type=int,
-        help=f"side of the training crops ({default('crop_size')})")
-    add("--scale", type=float, nargs=2, metavar=("MIN", "MAX"),
-        help=f"range of the random scale; lower MAX if objects fill the crop ({default('scale')})")
-    add("--image-size", type=int, metavar="SIDE",
-        help="shrink images to this longer side: for photographs much larger than the crop, and for "
-             "small machines; results are still given at the images' own size")
-
-    add = parser.add_argument_group("network").add_argument
-    add("--backbone", choices=BACKBONES,
-        help=f"resnet50 or resnet101 as in the paper; resnet18 for a laptop ({default('backbone')})")
-    add("--output-stride", type=int, choices=(8, 16),
-        help=f"8 sees finer, and costs three times as much ({default('output_stride')})")
-    add("--channels", type=int,
-        help=f"width of the decoder; 64 for a laptop ({default('channels')})")
-    add("--weights",
-        help=f"where the network starts: imagenet, none, a torchvision ResNet's state dict, or a "
-             f"checkpoint of train.py ({default('weights')})")
-    add("--multi-grid", action="store_true",
-        help="dilate the three blocks of stage 4 by 1, 2 and 4 times, as the authors' code does")
-    add("--aux", action="store_true",
-        help="auxiliary head on stage 3, weight 0.4 (authors, Cityscapes)")
-
-    method = parser.add_argument_group("method")
-    add = method.add_argument
-    add("--supervised", action="store_true",
-        help="the baseline: labelled images only")
-    add("--loss", choices=("standard", "hardness"), default="hardness",
-        help="Table 4: equal weights (Eq. 4), or 1 - gamma (Eq. 10, default)")
-    add("--intensity", choices=("none", "standard", "hardness"), default="hardness",
-        help="Table 4: the intensity view, as it is or blended by gamma (Eq. 8, default)")
-    add("--cutmix", choices=("none", "standard", "hardness"), default="hardness",
-        help="Table 4: random pairs half of the time, or hard-easy pairs by gamma (Eq. 9, default)")
-    add("--hardness", choices=("wiou", "confidence", "loss"), default="wiou",
-        help="Fig. 3(a): Eq. 7 (default), or what it is compared with")
-    add("--tau", type=float,
-        help=f"confidence that a pixel needs to supervise; lower it if the confident ratio in the log "
-             f"stays small ({default('tau')})")
-    add("--lambda-u", type=float,
-        help=f"weight of L_u in Eq. 1; lower it if mIoU falls as L_u grows ({default('lambda_u')})")
-    add("--ema", type=float,
-        help=f"alpha of Eq. 2; 0.98 to 0.99 for runs under 1,000 iterations ({default('ema')})")
-    add("--ohem", action="store_true",
-        help="online hard example mining in L_x (authors, Cityscapes)")
-    add("--ignore-background", action="store_true",
-        help="class 0 weighs nothing in wIoU, as in the authors' code")
-    reading = method.add_mutually_exclusive_group()
-    reading.add_argument("--as-printed", action="store_true",
-        help="Eq. 8 and 9 literally (README, R1 and R2)")
-    reading.add_argument("--as-released", action="store_true",
-        help="as the authors' code: --ignore-background, --multi-grid, no term for a CutMix that does "
-             "not fire; on cityscapes --ohem and --aux too")
-
-    optimisation = parser.add_argument_group("optimisation")
-    add = optimisation.add_argument
-    add("--batch-size", type=int,
-        help=f"labelled images an iteration, and as many unlabelled ones, over all GPUs together "
-             f"({default('batch_size')})")
-    add("--accumulate", type=int, default=1, metavar="N",
-        help="split each GPU's part of the batch into N to fit its memory; pairs and CutMix stay those "
-             "of the whole batch")
-    add("--lr", type=float,
-        help=f"of the decoder, at the start ({default('lr')})")
-    add("--encoder-lr", type=float,
-        help=f"of the encoder ({default('encoder_lr')}; --lr if the encoder starts at random)")
-    add("--weight-decay", type=float,
-        help=default("weight_decay"))
-    length = optimisation.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=int,
-        help=f"passes over the unlabelled images ({default('epochs')})")
-    length.add_argument("--iters", type=int,
-        help="iterations, instead of epochs")
-    add("--amp", action=argparse.BooleanOptionalAction, default=None,
-        help="bf16 autocast (default: on GPUs that have bf16); on a CPU it pays with bf16 instructions")
-
-    add = parser.add_argument_group("run").add_argument
-    add("--out",
-        help="folder of the run (default: runs/DATASET-SPLIT-METHOD)")
-    add("--seed", type=int, default=0,
-        help="everything that is random follows from it")
-    add("--workers", type=int,
-        help="loader processes of a rank (default: its cores, at most 12; on a CPU 0)")
-    add("--eval-every", type=int, metavar="EPOCHS",
-        help=f"validate the teacher every so many epochs ({default('eval_every')})")
-    add("--log-every", type=int, default=10, metavar="N",
-        help="a line in metrics.jsonl every N iterations (default: 10)")
-    add("--checkpoint-every", type=int, metavar="N",
-        help="last.pth every N iterations (default: 2,000 on a GPU, 200 on a CPU)")
-    args = parser.parse_args(argv)
-
-    protocol = PROTOCOLS[args.dataset]
-    if args.encoder_lr is None and (args.weights or protocol.weights) == "none":
-        args.encoder_lr = protocol.lr if args.lr is None else args.lr
-    args.data_root = args.data_root or protocol.data_root
-    for name, value in vars(args).items():
-        if value is None and hasattr(protocol, name):
-            setattr(args, name, getattr(protocol, name))
-    args.scale, args.window = list(args.scale), protocol.window
-    if args.as_released:
-        args.ignore_background = args.multi_grid = True
-        args.ohem, args.aux = (flag or args.dataset == "cityscapes" for flag in (args.ohem, args.aux))
-    reading = next((name for name in ("supervised", "as_printed", "as_released") if getattr(args, name)),
-                  "hagseg").replace("_", "-")
-    args.out = args.out or f"runs/{args.dataset}-{Path(args.split or 'all').stem}-{reading}"
-    args.cuda = torch.cuda.is_available()
-    args.default_amp = args.amp is None
-    if args.default_amp:  # emulated, it crawls
-        args.amp = args.cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-    if args.workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        args.workers = min(max(cores // ranks_here, 1), 12) if args.cuda else 0
-    if args.checkpoint_every is None:
-        args.checkpoint_every = 2000 if args.cuda else 200
-    check_arguments(args)
-    return args
-
-
-def check_arguments(args):
-    """Raise InputError for a value out of range, naming its flag and what would do."""
-    def need(condition, text):
-        if not condition:
-            raise InputError(text)
-
-    need(0 <= args.tau <= 1, f"--tau {args.tau}: a probability, 0 to 1")
-    need(0 <= args.ema < 1, f"--ema {args.ema}: at least 0 and below 1")
-    need(args.lambda_u >= 0, f"--lambda-u {args.lambda_u}: at least 0")
-    need(args.weight_decay >= 0, f"--weight-decay {args.weight_decay}: at least 0")
-    need(args.lr > 0, f"--lr {args.lr}: above 0")
-    need(args.encoder_lr >= 0, f"--encoder-lr {args.encoder_lr}: at least 0")
-    need(args.seed >= 0, f"--seed {args.seed}: at least 0")
-    need(args.workers >= 0, f"--workers {args.workers}: at least 0")
-    need(0 < args.scale[0] <= args.scale[1], f"--scale {args.scale[0]} {args.scale[1]}: two factors "
-                                             f"above 0, the smaller first")
-    for flag in ("channels", "accumulate", "epochs", "iters", "image_size", "eval_every", "log_every",
-                 "checkpoint_every"):
-        value = getattr(args, flag)
-        need(value is None or value >= 1, f"--{flag.replace('_', '-')} {value}: at least 1")
-    need(args.crop_size >= 2 * args.output_stride, f"--crop-size {args.crop_size}: too small for an "
-         f"output stride of {args.output_stride}; at least {2 * args.output_stride}")
-    need(args.batch_size >= 2, f"--batch-size {args.batch_size}: BatchNorm needs two images or more")
-    ranks, share = world_size(), args.batch_size // world_size()
-    need(args.batch_size % ranks == 0, f"--batch-size {args.batch_size}: {ranks} ranks cannot share "
-         f"it evenly; {max(1, share) * ranks} or {(share + 1) * ranks} would work")
-    need(share % args.accumulate == 0, f"--accumulate {args.accumulate}: a rank's share of {share} "
-         f"images cannot be split so; "
-         f"{', '.join(str(n) for n in range(1, share + 1) if share % n == 0)} would work")
-    need(not args.supervised or share > args.accumulate or (args.cuda and ranks > 1),
-         f"--batch-size {args.batch_size}: {ranks} ranks and --accumulate {args.accumulate} leave "
-         f"BatchNorm one image at a time, and it needs two")
 
 
 @handlers_kept()

@@ -22,14 +22,16 @@ from torch import nn
 import evaluate
 import train
 from augment import box_masks, random_boxes
-from data import CUTMIX, PROTOCOLS, InputError, generator, normalize
+from batches import CUTMIX, generator, normalize
+from data import InputError
 from hardness import IGNORE, instance_hardness, pseudo_label
 from model import DeepLabV3Plus
-from run import METRICS
+from run_folder import METRICS
+from settings import PROTOCOLS, parse_arguments
 from test_data import custom, save
-from train import parse_arguments, strong_views, supervised_loss, train_step, update_teacher
+from train import strong_views, supervised_loss, train_step, update_teacher
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.parent
 TINY = ("--backbone resnet18 --channels 16 --crop-size 32 --batch-size 4 --tau 0.3 --log-every 2 "
         "--weights none --no-amp").split()
 HIDDEN = {"CUDA_VISIBLE_DEVICES": ""}

@@ -28,9 +28,9 @@ from torch import nn
 
 import data
 import evaluate
-import run as run_module
+import run_folder as run_module
 import train
-from run import METRICS
+from run_folder import METRICS
 from test_data import custom, save
 from test_train import HERE, HIDDEN, TINY, launch, lines
 
@@ -555,7 +555,7 @@ def test_the_figures_of_a_run_are_drawn_from_its_own_data(tmp_path, small):
     out = tmp_path / "out"
     assert run("--dataset", "custom", "--data-root", custom(tmp_path / "data"), *TINY, "--iters", 2, "--out",
                out)[0] == 0
-    subprocess.run([sys.executable, HERE / "docs" / "figures.py", out, "--out", tmp_path], check=True)
+    subprocess.run([sys.executable, HERE / "tools" / "figures.py", out, "--out", tmp_path], check=True)
     assert Image.open(tmp_path / "gamma.png").size == (640, 320)
     assert Image.open(tmp_path / "extremes.png").width == 4 * 134
 

@@ -1,9 +1,9 @@
 """Repeats comparisons, the paper's tables among them: runs rows of settings, and prints their table.
 
-    python docs/evidence.py --rows table4 fig3a readings --seeds 3 --jobs 2
-    python docs/evidence.py --rows labels --seeds 5 --classes rings rows columns checker
-    python docs/evidence.py --rows camvid camvid160 --seeds 3 --data-root PATH/TO/camvid
-    python docs/evidence.py --rows table1 --data-root data/voc --ranks 8 [--dry-run]
+    python tools/evidence.py --rows table4 fig3a readings --seeds 3 --jobs 2
+    python tools/evidence.py --rows labels --seeds 5 --classes rings rows columns checker
+    python tools/evidence.py --rows camvid camvid160 --seeds 3 --data-root PATH/TO/camvid
+    python tools/evidence.py --rows table1 --data-root data/voc --ranks 8 [--dry-run]
 
 Each run is the real command, in runs/evidence/ROW-SEED, where it leaves its folder (250 MB on shapes) and
 its output in a .log file; what is finished is not run again, and what was stopped is resumed. Flags
@@ -32,11 +32,12 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from augment import weak_augment  # noqa: E402 (the modules are beside docs/, not in it)
-from data import IGNORE, InputError, normalize, open_data, picture_to_tensor  # noqa: E402
-from evaluate import load_checkpoint, load_model  # noqa: E402
-from hardness import pseudo_label  # noqa: E402
-from train import parse_arguments  # noqa: E402
+from augment import weak_augment
+from batches import normalize, picture_to_tensor
+from data import IGNORE, InputError, open_data
+from evaluate import load_checkpoint, load_model
+from hardness import pseudo_label
+from settings import parse_arguments
 
 STANDARD = "--loss standard --intensity standard --cutmix standard"
 # tau is the paper's for street scenes; the rest is what two cores can do.
@@ -98,7 +99,7 @@ GROUPS["voc_table4"] = {f"voc_table4 {row}": f"--dataset voc --split 1_8 --backb
                         for row, (flags, _) in TABLE4.items()}
 PAPER |= {f"voc_table4 {row}": number for row, (_, number) in TABLE4.items()}
 
-# GiB at the peak of a step with 16 + 16 crops of 513 in bf16, as docs/memory.py computes them.
+# GiB at the peak of a step with 16 + 16 crops of 513 in bf16, as tools/memory.py computes them.
 MEMORY = {("resnet50", 16): 17.2, ("resnet50", 8): 29.3, ("resnet101", 16): 22.5, ("resnet101", 8): 49.3}
 # What a run's log and its pseudo-labels say of it, and the names of these columns.
 LOGGED = {"hardness_mean": "gamma", "confident": "confident", "cutmix": "CutMix fired"}

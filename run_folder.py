@@ -25,7 +25,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data import InputError, short_list, training_batches
+from batches import training_batches
+from data import InputError, short_list
 from evaluate import evaluate, iou_table, load_checkpoint, mean_iou, panels, stack, validation_images
 from ranks import own, rank, say, sum_over_ranks, together, world_size
 

@@ -23,7 +23,7 @@ import predict
 import prepare
 import train
 from data import open_data, open_photograph
-from test_run import Small
+from test_run_folder import Small
 
 TINY = ("--backbone resnet18 --channels 16 --crop-size 32 --batch-size 2 --iters 2 --weights none "
         "--workers 0").split()

@@ -1,6 +1,6 @@
 """Pictures of a run, from its logs alone: gamma over training, and the easiest and hardest images.
 
-    python docs/figures.py runs/shapes-1_16-hagseg --out docs
+    python tools/figures.py runs/shapes-1_16-hagseg --out docs
 
 gamma.png: mean and spread of gamma over the iterations, and two traced images (Fig. 2c): the one
 with the lowest and the one with the highest mean gamma. extremes.png: above, the four easiest
@@ -17,7 +17,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import open_data  # noqa: E402
+from data import open_data
 
 BAND, MEAN, EASY, HARD = (205, 220, 240), (40, 80, 160), (40, 140, 60), (200, 60, 40)
 

@@ -13,23 +13,14 @@ import pytest
 import torch
 from PIL import Image
 
+import batches
 import data
-from data import (
-    IGNORE,
-    SPLITS,
-    InputError,
-    Shapes,
-    TrainingDraws,
-    normalize,
-    open_data,
-    read_list,
-    split_ids,
-    training_batches,
-)
-from prepare import check_data
+from batches import TrainingDraws, normalize, training_batches
+from check import check_data
+from data import IGNORE, SPLITS, InputError, Shapes, open_data, read_list, split_ids
 from shapes import draw_shapes
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.parent
 CAMVID = HERE.parent / "shared" / "camvid"
 
 
@@ -337,11 +328,11 @@ def test_one_rank_forks_its_loader_processes(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
     monkeypatch.setattr(torch.utils.data, "DataLoader", lambda *args, **options: made.append(options) or [])
-    assert list(data.loaded([], 1)) == [] and made[0]["multiprocessing_context"] is None
+    assert list(batches.loaded([], 1)) == [] and made[0]["multiprocessing_context"] is None
 
 
 def test_loading_works_without_signal_masks_as_on_windows(monkeypatch):
-    monkeypatch.delattr(data.signal, "pthread_sigmask")
+    monkeypatch.delattr(batches.signal, "pthread_sigmask")
     assert len(list(training_batches(draws(), range(4), 0, 2, workers=1))) == 2
 
 

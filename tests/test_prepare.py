@@ -18,8 +18,10 @@ from PIL import Image
 from torchvision.datasets import SBDataset
 from torchvision.datasets.voc import DATASET_YEAR_DICT
 
+import check
 import data
 import prepare
+import settings
 import test_cases
 import train
 from test_cases import TINY, coloured, convert_anew, grey, paste, scene
@@ -129,7 +131,7 @@ def check_prepared(root):
         with Image.open(path) as picture:
             assert picture.mode == "P" and np.array_equal(picture, expected), name
             assert picture.getpalette()[:6] == [0, 0, 0, 128, 0, 0]
-    assert prepare.check_data(voc, voc.train, [], supervised=True).problems == []
+    assert check.check_data(voc, voc.train, [], supervised=True).problems == []
     assert data.open_data("voc_classic", root).labelled == TRAIN
     assert not list(root.rglob("*.part"))
 
@@ -422,7 +424,7 @@ def test_colours_become_ids(tmp_path):
     custom = data.open_data("custom", root)
     assert custom.classes == ["background", "road: main", "car"]
     assert sorted(custom.labelled + custom.val) == ["a", "b", "c"] and "d" in custom.train
-    assert prepare.check_data(custom, custom.labelled, ["d"]).problems == []
+    assert check.check_data(custom, custom.labelled, ["d"]).problems == []
 
 
 @pytest.mark.parametrize("label_map, black", [
@@ -554,7 +556,7 @@ def test_a_flat_cityscapes_folder_is_read(tmp_path):
         path.rename(path.parents[1] / path.name)
     found = data.open_data("cityscapes", root)
     assert len(found.train) == 4 and len(found.masks) == 6
-    assert prepare.check_data(found, found.train, [], supervised=True).problems == []
+    assert check.check_data(found, found.train, [], supervised=True).problems == []
 
 
 @pytest.mark.parametrize("mask, said", [
@@ -565,16 +567,16 @@ def test_cityscapes_masks_of_other_depths_get_a_line(tmp_path, mask, said):
     spoiled = next(root.glob("gtFine/train/ulm/*.png"))
     Image.fromarray(mask).save(spoiled)
     found = data.open_data("cityscapes", root)
-    line, = prepare.check_data(found, found.train, [], supervised=True).problems
+    line, = check.check_data(found, found.train, [], supervised=True).problems
     assert line.startswith(f"{spoiled}: {said}") and line.endswith("; replace the mask")
 
 
 def test_large_photographs_are_shrunk_by_the_command_that_is_proposed(tmp_path, monkeypatch):
     root = custom(tmp_path / "a b")
-    monkeypatch.setitem(data.PROTOCOLS, "custom", data.Protocol(crop_size=5))
+    monkeypatch.setitem(settings.PROTOCOLS, "custom", {"crop_size": 5})
     assert report("--dataset", "custom", "--data-root", root, "--split", "1_2")[1].endswith(
         f"smaller: python train.py --dataset custom --data-root '{root}' --split 1_2 --image-size 10\n")
-    monkeypatch.setitem(data.PROTOCOLS, "custom", data.Protocol(crop_size=6))
+    monkeypatch.setitem(settings.PROTOCOLS, "custom", {"crop_size": 6})
     assert "--image-size" not in report("--dataset", "custom", "--data-root", root)[1]
 
 

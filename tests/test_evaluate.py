@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 import evaluate
-from data import InputError, SegmentationData, Shapes, normalize, open_data, picture_to_tensor
+from batches import normalize, picture_to_tensor
+from data import InputError, SegmentationData, Shapes, open_data
 from evaluate import (
     colourize,
     confidence_map,

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import predict
-from data import normalize
+from batches import normalize
 from hardness import instance_hardness
 from predict import photograph_hardness, predict_files
 from test_evaluate import STATE, Brightness, Corner, add_lists, checkpoint

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 import augment
+import batches
 import bench
 import data
 from hardness import instance_hardness
 from test_train import HIDDEN
 
-HERE = Path(bench.__file__).parent
+HERE = Path(bench.__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def photographs(tmp_path_factory):
 
 
 def run(*flags):
-    return subprocess.run([sys.executable, "bench.py", *map(str, flags)], cwd=HERE,
+    return subprocess.run([sys.executable, "tools/bench.py", *map(str, flags)], cwd=HERE,
                           env=os.environ | {"OMP_NUM_THREADS": "1"} | HIDDEN, capture_output=True, text=True)
 
 
@@ -82,13 +83,13 @@ def test_the_loop_over_images_and_classes_is_eq_5_to_7():
 def test_the_usual_way_makes_the_same_items(photographs, monkeypatch):
     opened = data.open_data("custom", photographs)
     labelled, unlabelled = data.split_ids(opened, "custom", None)
-    ours = data.TrainingDraws(opened, labelled, unlabelled, 8, 200, seed=0)
+    ours = batches.TrainingDraws(opened, labelled, unlabelled, 8, 200, seed=0)
     usual = bench.UsualDraws(**vars(ours))
     nothing = dict.fromkeys(("one", "two"), lambda image, rng: image)
     monkeypatch.setattr(augment, "INTENSITY_OPERATIONS", nothing)
     for position in range(8):
         item, other = ours[0, position], usual[0, position]
         for name in ("x", "weak", "strong"):
-            difference = data.normalize(item[name][None])[0] - other[name]
+            difference = batches.normalize(item[name][None])[0] - other[name]
             assert difference.abs().max() < 0.1, name  # Pillow rounds the box: a few grey values
         assert (item["y"] == other["y"]).float().mean() > 0.99

@@ -3,7 +3,7 @@
     git worktree add ../before HEAD
     (cd ../before && python train.py --iters 20 --seed 3 --out runs/same)
     python train.py --iters 20 --seed 3 --out runs/same
-    python docs/compare.py ../before/runs/same runs/same
+    python tools/compare.py ../before/runs/same runs/same
 
 Compares weights, buffers and momentum of last.pth, metrics.jsonl without what the clock gave, and
 hardness.csv. Exit code 1 where they differ.

@@ -1,7 +1,7 @@
 """What a training step costs beside the bare network passes in it, and what feeding it costs.
 
-    python bench.py                                     the table, on whatever device is there
-    python bench.py --only step memory --batch-size 2 --repeats 60
+    python tools/bench.py                                     the table, on whatever device is there
+    python tools/bench.py --only step memory --batch-size 2 --repeats 60
 
 What is compared is timed in turn in one process, so that whatever else the machine does falls on both.
 Numbers are medians, with their quartiles; a ratio is that of the pairs. The last line is `step/network R`.
@@ -28,7 +28,9 @@ from torch.utils.data import DataLoader, default_collate
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import functional as TF
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import augment
+import batches
 import data
 import train
 from evaluate import evaluate
@@ -101,7 +103,7 @@ def bare_passes(settings, batch):
     on B_u without gradient; the student forward and backward on B_x and two views of B_u; SGD."""
     student, teacher, optimizer = build(settings)
     images = torch.cat([batch[name] for name in ("x", "weak", "strong")]).to(settings.device)
-    images, weak = data.normalize(images), data.normalize(batch["weak"].to(settings.device))
+    images, weak = batches.normalize(images), batches.normalize(batch["weak"].to(settings.device))
     gradient = torch.randn_like(images[:, :1]).expand(-1, settings.classes, -1, -1) / images.numel()
 
     def floor():
@@ -128,20 +130,21 @@ def plain_training(settings, batch):
         optimizer.zero_grad()
         for x, y in zip(images.chunk(settings.accumulate), labels.chunk(settings.accumulate), strict=True):
             with torch.autocast(settings.device.type, torch.bfloat16, enabled=settings.amp):
-                logits = student(data.normalize(x))
+                logits = student(batches.normalize(x))
             F.cross_entropy(logits, y.long(), ignore_index=data.IGNORE).backward()
         optimizer.step()
     return step
 
 
 def first_batch(draws):
-    return next(data.training_batches(draws, range(draws.batch_size), 0, 1, workers=0))
+    return next(batches.training_batches(draws, range(draws.batch_size), 0, 1, workers=0))
 
 
 def bench_step(settings, draws):
     """The parts of a step, then the whole and the floor in turn. Returns step / network."""
     clock, count, batch = Clock(settings.device), settings.repeats + 2, first_batch(draws)
-    loader = data.training_batches(draws, range(draws.batch_size), 0, count, settings.workers, settings.cuda)
+    loader = batches.training_batches(draws, range(draws.batch_size), 0, count, settings.workers,
+                                      settings.cuda)
     step = training_step(settings, batch)
     with mock.patch.object(train, "record_function", clock):
         for _ in range(count):
@@ -214,7 +217,7 @@ def bench_memory(settings, draws):
     row("  step / plain training", peaks[0] / peaks[1], "times")
 
 
-class UsualDraws(data.TrainingDraws):
+class UsualDraws(batches.TrainingDraws):
     """Items as loaders usually make them, from the same draws: the whole image decoded and resized,
     then cropped and padded; two operations on the padded crop; normalised floats."""
 
@@ -230,12 +233,12 @@ class UsualDraws(data.TrainingDraws):
             picture = picture.crop((left, top, min(left + size, width), min(top + size, height)))
             return augment.pad(ImageOps.mirror(picture) if flip else picture, size, fill)
 
-        return (crop(image, Image.Resampling.BILINEAR, data.PAD_COLOUR),
+        return (crop(image, Image.Resampling.BILINEAR, batches.PAD_COLOUR),
                 mask and crop(mask, Image.Resampling.NEAREST, data.IGNORE))
 
     def to_tensor(self, picture, fill):
         return (torch.from_numpy(np.array(picture, dtype=np.int64)) if picture.mode == "L" else
-                TF.normalize(TF.to_tensor(picture), data.MEAN, data.STD))
+                TF.normalize(TF.to_tensor(picture), batches.MEAN, batches.STD))
 
 
 def bench_loader(settings, draws):
@@ -251,7 +254,7 @@ def bench_loader(settings, draws):
     for kind in ("labelled", "unlabelled"):
         make, make_usual = (getattr(some, f"{kind}_item") for some in (ours, UsualDraws(**vars(ours))))
         compare(settings, "loader / usual way", items=len(keys), timed=(
-            (f"loader, {kind}", loader(make, data.stack_items), note),
+            (f"loader, {kind}", loader(make, batches.stack_items), note),
             ("  the usual way", loader(make_usual, default_collate), "whole resize, crop, pad, floats")))
 
 
@@ -366,7 +369,7 @@ def main(argv=None):
             s = parse_arguments(argv, folder)
             photographs = data.open_data(s.dataset, s.data_root)
             labelled, unlabelled = data.split_ids(photographs, s.dataset, s.split)
-            draws = data.TrainingDraws(photographs, labelled, unlabelled or labelled, s.batch_size,
+            draws = batches.TrainingDraws(photographs, labelled, unlabelled or labelled, s.batch_size,
                                        s.crop_size, s.seed, s.scale)
             s.classes = len(photographs.classes)
             device = torch.cuda.get_device_name() if s.cuda else f"CPU, {torch.get_num_threads()} threads"

@@ -14,19 +14,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT / "docs"))
-import evidence  # noqa: E402 (it lies in docs/)
+import evidence
+from settings import parse_arguments
+from test_train import HIDDEN
 
-from test_train import HIDDEN  # noqa: E402
-from train import parse_arguments  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
+
 
 TINY = ["--backbone", "resnet18", "--channels", "8", "--crop-size", "33", "--batch-size", "2",
         "--weights", "none", "--iters", "2"]
 
 
 def tables(*arguments, cwd=ROOT):
-    return subprocess.run([sys.executable, ROOT / "docs" / "evidence.py", *map(str, arguments)], text=True,
+    return subprocess.run([sys.executable, ROOT / "tools" / "evidence.py", *map(str, arguments)], text=True,
                           cwd=cwd, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | HIDDEN)
 
 
@@ -166,7 +166,7 @@ def test_the_tables_hold_means_spreads_and_each_seed(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_ctrl_c_stops_the_run_and_those_behind_it_and_the_same_command_resumes(tmp_path):
-    command = [sys.executable, ROOT / "docs" / "evidence.py", "--rows", "tau", "--out", tmp_path,
+    command = [sys.executable, ROOT / "tools" / "evidence.py", "--rows", "tau", "--out", tmp_path,
                "--", *TINY[:-1], "2000"]
     stopped = subprocess.Popen(command, start_new_session=True, text=True, stderr=subprocess.PIPE)
     while not (tmp_path / "tau_0.5-1" / "metrics.jsonl").exists():

@@ -1,8 +1,8 @@
 """The peak memory of a training step, computed: what is alive at once in train.train_step, run on fake
 tensors, which have a shape and a dtype and no content. A row per network, a column per --accumulate.
 
-    python docs/memory.py                          the table of docs/speed.md
-    python docs/memory.py --precision fp32         without --amp
+    python tools/memory.py                          the table of docs/speed.md
+    python tools/memory.py --precision fp32         without --amp
 
 Not counted: the CUDA context, cuDNN's workspaces and what the allocator cannot fit together.
 """
@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import train  # noqa: E402 - the repository is no package, and this file lies one folder down
+import train
 
 ROWS = {  # name: the flags of train.py, the number of classes
     "VOC, ResNet-50": ("--dataset=voc", 21),
