@@ -4,7 +4,9 @@ Works alone: torch is all it needs. Shapes: a global batch of B images is b = B 
 """
 
 import os
+import time
 from contextlib import suppress
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -64,6 +66,25 @@ def say(text):
     if rank() == 0:
         with suppress(OSError):
             print(text, flush=True)
+
+
+def progress(items, what, total=None, step=1):
+    """Yields the items. Every five seconds rank 0 says how many are done, and how long the rest will take:
+    "120 of 500 photographs, 0:01:20 left". Work of less than five seconds says nothing.
+
+    what:   the items' name, in the plural.
+    total:  how many there are, where items has no len.
+    step:   how many an item stands for, such as 1 on each rank; total counts these.
+    """
+    total = len(items) if total is None else total
+    began = said = time.monotonic()
+    for i, item in enumerate(items):
+        done, now = i * step, time.monotonic()
+        if done and now - said >= 5:
+            left = timedelta(seconds=round((now - began) / done * (total - done)))
+            say(f"{done} of {total} {what}, {left} left")
+            said = now
+        yield item
 
 
 def together(function, *arguments):

@@ -100,3 +100,28 @@ def test_that_nobody_listens_any_more_ends_no_run(monkeypatch):
 
     monkeypatch.setattr(sys, "stdout", Gone())
     ranks.say("lost")
+
+
+def test_progress_says_every_five_seconds_how_far_it_is_and_how_long_it_takes(monkeypatch, capsys):
+    clock = [100.0]
+    monkeypatch.setattr(ranks.time, "monotonic", lambda: clock[0])
+    seen = []
+    for item in ranks.progress("abcdefgh", "letters"):  # two seconds each
+        seen.append(item)
+        clock[0] += 2
+    assert seen == list("abcdefgh")
+    # After 6 seconds 3 of 8 are done, so that 5 take 10 more; after 12 seconds 6, and 2 take 4 more.
+    assert capsys.readouterr().out == "3 of 8 letters, 0:00:10 left\n6 of 8 letters, 0:00:04 left\n"
+
+
+def test_progress_counts_what_an_item_stands_for_and_is_silent_where_it_is_quick(monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr(ranks.time, "monotonic", lambda: clock[0])
+    for _ in ranks.progress(iter(range(2)), "images", total=7, step=4):  # 4 ranks, an iterator without len
+        clock[0] += 3600
+    assert capsys.readouterr().out == "4 of 7 images, 0:45:00 left\n"
+    assert list(ranks.progress(range(1000), "numbers")) == list(range(1000))
+    monkeypatch.setattr(ranks, "rank", lambda: 1)
+    for _ in ranks.progress(range(3), "images"):
+        clock[0] += 10
+    assert capsys.readouterr().out == ""
