@@ -15,6 +15,7 @@ import io
 import json
 import math
 import os
+import shlex
 import signal
 import threading
 import time
@@ -35,12 +36,18 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-METRICS = ("loss", "loss_x", "loss_u", "hardness_mean", "hardness_std", "confident", "cutmix")
+METRICS = ("L", "L_x", "L_u", "gamma", "gamma_std", "confident", "cutmix_fired")
 LOGS = ("metrics.jsonl", "hardness.csv", "tensorboard/events.out.tfevents.0")
 FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", None)}
+# The log on the screen: its columns, as wide as their headings, and what they mean.
+COLUMNS = ("   L_x", "   L_u", "    gamma", "confident", "CutMix fired", "    lr", "images/s", "time left")
+MEANING = ("L_x and L_u: losses on labelled and unlabelled images; gamma: mean hardness and its spread, 1 = "
+           "hardest;\nconfident: share of pixels with a pseudo-label; CutMix fired: share of iterations; lr: "
+           "of the decoder")
+OF_UNLABELLED = slice(1, 5)  # the columns that --supervised lacks
 # What may differ on resuming: none of it changes what a result means. (--split is compared as lists.)
-FREE = {"accumulate", "checkpoint_every", "cuda", "data_root", "default_amp", "eval_every", "log_every",
-        "out", "split", "workers"}
+FREE = {"accumulate", "checkpoint_every", "cuda", "data_root", "default_amp", "eval_every", "least_iters",
+        "log_every", "out", "split", "workers"}
 
 
 class RunError(Exception):
@@ -223,29 +230,36 @@ class Run:
             self.append("hardness.csv", text.getvalue().encode(errors="surrogateescape"))
 
     def log(self, done):
-        """The means since the last line: into metrics.jsonl, TensorBoard, and every few seconds on
-        the screen."""
+        """The means since the last line: into metrics.jsonl and TensorBoard every log_every iterations, and
+        every few seconds on the screen, with iteration 1."""
         together(self.collect)
         values = dict(zip(METRICS, self.rows.mean(0).tolist()))
-        self.rows = self.rows[:0]
         now, (then, since) = time.time(), self.clock
-        rate, self.clock = (done - since) / max(now - then, 1e-9), (now, done)
+        rate = (done - since) / max(now - then, 1e-9)
         images_per_second = round(rate * self.args.batch_size * (2 - self.args.supervised), 2)
-        together(self.write_metrics, done, {
-            **{name: float(f"{v:.6g}") for name, v in values.items()},
-            "lr": self.optimizer.param_groups[1]["lr"], "images_per_second": images_per_second})
+        lr = self.optimizer.param_groups[1]["lr"]
+        if done % self.args.log_every == 0 or done == self.args.iters:
+            self.rows, self.clock = self.rows[:0], (now, done)
+            together(self.write_metrics, done, {
+                **{name: float(f"{v:.6g}") for name, v in values.items()},
+                "lr": lr, "images_per_second": images_per_second})
         if now - self.printed > 4 or done == self.args.iters:
-            self.printed, left = now, timedelta(seconds=round((self.args.iters - done) / rate))
-            hardness = "" if self.args.supervised else (
-                f"  L_u {values['loss_u']:.3f}  gamma {values['hardness_mean']:.2f}\u00b1"
-                f"{values['hardness_std']:.2f}  conf {values['confident']:4.0%}  "
-                f"cutmix {values['cutmix']:4.0%}")
-            lr = self.optimizer.param_groups[1]["lr"]
-            say(f"{self.progress(done)}  L_x {values['loss_x']:.3f}{hardness}  lr {lr:.4f}  "
-                f"{images_per_second:.1f}/s  {left}")
+            cells = [f"{values['L_x']:.3f}", f"{values['L_u']:.3f}",
+                     f"{values['gamma']:.2f}\u00b1{values['gamma_std']:.2f}", f"{values['confident']:.0%}",
+                     f"{values['cutmix_fired']:.0%}", f"{lr:.4f}", f"{images_per_second:.1f}",
+                     str(timedelta(seconds=round((self.args.iters - done) / rate)))]
+            columns, meaning = list(COLUMNS), MEANING
+            if self.args.supervised:
+                meaning = "L_x: loss on labelled images; lr: learning rate of the decoder"
+                del cells[OF_UNLABELLED], columns[OF_UNLABELLED]
+            if not self.printed:
+                say(f"{meaning}\n{'iteration':>{len(self.progress(done))}}  {'  '.join(columns)}")
+            row = "  ".join(f"{cell:>{len(column)}}" for cell, column in zip(cells, columns))
+            self.printed = now
+            say(f"{self.progress(done)}  {row}")
 
     def progress(self, done):
-        return f"{done:{len(str(self.args.iters))}}/{self.args.iters}"
+        return f"{done}/{self.args.iters}".rjust(max(len("iteration"), 2 * len(str(self.args.iters)) + 1))
 
     def write_metrics(self, done, record):
         """A line of metrics.jsonl, where nan is null, and the same for TensorBoard."""
@@ -330,6 +344,8 @@ class Run:
             return
         text = (f"{iou_table(self.data.classes, confusions)}\nThe result is the last iteration's. The "
                 f"teacher's best on val was {self.best['miou']:.2%}, after {self.best['iteration']}.\n")
+        if len(self.data.val) < 10:
+            text += f"It is noisy: there are only {len(self.data.val)} validation images.\n"
         pictures = [picture for _, picture in panels(
             [self.teacher], self.data, self.data.val[:8], self.device, self.args.window,
             self.args.image_size, self.args.amp)]
@@ -338,14 +354,30 @@ class Run:
             stack(pictures, self.folder / "predictions.png")
 
     def report(self):
-        """Say the result, once the run is finished, and how to look at it."""
+        """Say the result, once the run is finished, how to use it, and whether L_u taught it anything."""
+        if rank() != 0:
+            return
         result, folder = self.folder / "result.txt", self.folder
         say(result.read_text().rstrip() if result.exists() else f"finished; {result} has been removed")
         say(f"The first images of val: {folder / 'predictions.png'}")
+        if self.args.dataset != "shapes":
+            say(f"Masks of photographs: {shlex.join(['python', 'predict.py', f'{folder}/last.pth'])} PATH...")
         if folder.name.endswith("-hagseg"):
             baseline = folder.with_name(folder.name.replace("hagseg", "supervised"))
             say(f"Beside the baseline, once it is trained with --supervised:\npython evaluate.py "
                 f"{folder}/last.pth --beside {baseline}/last.pth --pictures {folder}/panels")
+        confident = self.confident_at_last()
+        if confident < 0.05:
+            say(f"The unlabelled images taught this run nothing: over its last third, {confident:.1%} of their "
+                f"pixels were confident.\nLower --tau, now {self.args.tau}, and give another --out.")
+
+    def confident_at_last(self):
+        """The mean confident share over the last third of the run; 1 where it has not been logged."""
+        log = self.folder / "metrics.jsonl"
+        records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        shares = [r["confident"] for r in records
+                  if "confident" in r and r["iteration"] > self.args.iters * 2 / 3]
+        return sum(shares) / len(shares) if shares and not self.args.supervised else 1.0
 
 
 def stop_signals():
@@ -414,8 +446,8 @@ def changes(old, new):
         same.add("amp")
     if new["epochs"] and new["epochs"] == old.get("epochs"):
         same.add("iters")  # fewer images left may make fewer iterations, but the run keeps its own
-    return [f"{name} {old.get(name, False)} -> {value}" for name, value in new.items()
-            if name not in same and old.get(name, False) != value]
+    return [f"{name} {old.get(name)} -> {value}" for name, value in new.items()
+            if name not in same and (old.get(name) or None) != (value or None)]
 
 
 def scalar_event(values, step):

@@ -6,7 +6,7 @@ flag says otherwise.
 
 import argparse
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import get_args
 
@@ -14,7 +14,7 @@ import torch
 
 from data import SPLITS, InputError
 from model import BACKBONES
-from ranks import world_size
+from ranks import say, world_size
 
 # A range: how a message says it, and whether a value lies in it.
 ANY = "", lambda v: True
@@ -43,6 +43,9 @@ class Settings:
                                POSITIVE, nargs=2, metavar=("MIN", "MAX"))
     image_size: int = flag(None, "shrink images to this longer side: for photographs much larger than the "
                                  "crop; results still have the images' own size", COUNT, metavar="SIDE")
+    small: bool = flag(False, "for a laptop or a quick look, with any data set: resnet18, 64 channels, "
+                              "photographs of 256 pixels, crops of 129, 4 + 4 images, 3,000 iterations; "
+                              "single flags override it")
     # network
     backbone: str = flag("resnet50", "resnet50 or resnet101 as in the paper; resnet18 for a laptop",
                          choices=BACKBONES)
@@ -79,7 +82,8 @@ class Settings:
     lr: float = flag(0.01, "initial learning rate of the decoder", POSITIVE)
     encoder_lr: float = flag(0.001, "that of the encoder; equals --lr with --weights none", NOT_NEGATIVE)
     weight_decay: float = flag(1e-4, "of SGD", NOT_NEGATIVE)
-    epochs: int = flag(80, "passes over the unlabelled images", COUNT)
+    epochs: int = flag(80, "passes over the unlabelled images; for custom over the larger of the two sets, "
+                           "and without this flag at least 4,000 iterations", COUNT)
     iters: int = flag(None, "iterations, instead of epochs", COUNT)
     amp: bool = flag(None, "bf16 autocast; by default on GPUs with bf16; faster on CPUs with bf16 too")
     # run
@@ -87,11 +91,13 @@ class Settings:
     seed: int = flag(0, "random seed", NOT_NEGATIVE)
     workers: int = flag(None, "loader processes of a rank (default: its cores, at most 12; on a CPU 0)",
                         NOT_NEGATIVE)
-    eval_every: int = flag(1, "validate the teacher every so many epochs", COUNT, metavar="EPOCHS")
+    eval_every: int = flag(None, "validate the teacher every so many epochs (default for custom and "
+                                 "--small: 20 times a run)", COUNT, metavar="EPOCHS")
     log_every: int = flag(10, "a line in metrics.jsonl every N iterations", COUNT, metavar="N")
     checkpoint_every: int = flag(None, "write last.pth every N iterations (default: 2,000; on a CPU 200)",
                                  COUNT, metavar="N")
     # without a flag
+    least_iters: int = 0  # of a run without --epochs
     window: int | None = None  # side of the sliding windows in evaluation; None: the whole image in one pass
     cuda: bool = False
     default_amp: bool = False
@@ -99,7 +105,7 @@ class Settings:
 
 GROUPS = {"dataset": "data", "backbone": "network", "supervised": "method", "batch_size": "optimisation",
           "out": "run"}  # the first setting of each group in --help
-VOC = {"data_root": "data/voc", "split": "1_8"}
+VOC = {"data_root": "data/voc", "split": "1_8", "eval_every": 1}
 PROTOCOLS = {
     "shapes": {"data_root": "", "split": "1_16", "backbone": "resnet18", "channels": 64, "weights": "none",
                "crop_size": 32, "scale": (1, 1.25), "batch_size": 8, "epochs": 14, "ema": 0.98, "lr": 0.03,
@@ -107,9 +113,13 @@ PROTOCOLS = {
     "voc": VOC,
     "voc_classic": VOC,
     "cityscapes": {"data_root": "data/cityscapes", "split": "1_8", "crop_size": 769, "window": 769,
-                   "epochs": 240, "tau": 0.7, "encoder_lr": 0.01, "weight_decay": 5e-4},
-    "custom": {},
+                   "epochs": 240, "tau": 0.7, "encoder_lr": 0.01, "weight_decay": 5e-4, "eval_every": 1},
+    "custom": {"least_iters": 4000},
 }
+SMALL = {"backbone": "resnet18", "channels": 64, "image_size": 256, "crop_size": 129, "batch_size": 4,
+         "ema": 0.99, "iters": 3000, "eval_every": None}  # on top of the data set's protocol
+# What a checkpoint given as --weights settles unless a flag says otherwise.
+FROM_CHECKPOINT = ("backbone", "channels", "output_stride", "multi_grid", "image_size", "crop_size")
 
 
 class Parser(argparse.ArgumentParser):
@@ -119,16 +129,18 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see python train.py --help")
 
 
-def protocol(dataset):
-    """The Settings of a data set without any other flag."""
-    return Settings(**{"dataset": dataset} | PROTOCOLS[dataset])
+def protocol(dataset, small=False):
+    """The Settings of --dataset and --small, without any other flag."""
+    settings = Settings(**{"dataset": dataset} | PROTOCOLS[dataset])
+    return replace(settings, small=True, **SMALL) if small else settings
 
 
 def parse_arguments(argv=None):
     """The Settings that the flags give, over those of the protocol. Raises InputError, naming the flag."""
     first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--dataset", choices=PROTOCOLS, default="shapes")
-    defaults = protocol(first.parse_known_args(argv)[0].dataset)
+    first.add_argument("--small", action="store_true")
+    defaults = protocol(**vars(first.parse_known_args(argv)[0]))
     parser = Parser(allow_abbrev=False, argument_default=argparse.SUPPRESS,
                     description="Train HagSeg, the rows of its Table 4, or the supervised baseline. The "
                                 "defaults are those of --dataset: python train.py --dataset voc --help "
@@ -157,7 +169,7 @@ def add_flag(group, setting, default):
     else:
         options["type"] = (get_args(setting.type) or (setting.type,))[0]
     text = setting.metadata["help"]
-    if default not in (None, False, ""):
+    if setting.type is not bool and default not in (None, ""):
         text += f" (default: {default})"
     group.add_argument(name_of(setting), help=text.replace("%", "%%"), **options)
 
@@ -178,6 +190,10 @@ def fill_in(args, given):
         if args.dataset == "cityscapes":
             args.ohem = args.aux = True
     args.out = args.out or f"runs/{args.dataset}-{Path(args.split or 'all').stem}-{method.replace('_', '-')}"
+    if args.weights not in ("imagenet", "none"):
+        take_from_checkpoint(args, given)
+    if "epochs" in given:
+        args.iters, args.least_iters = None, 0
     args.cuda, args.default_amp = torch.cuda.is_available(), args.amp is None
     if args.default_amp:  # emulated bf16 is slower than float32
         args.amp = args.cuda and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -186,6 +202,30 @@ def fill_in(args, given):
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         args.workers = min(max(cores // ranks_here, 1), 12) if args.cuda else 0
     args.checkpoint_every = args.checkpoint_every or (2000 if args.cuda else 200)
+
+
+def take_from_checkpoint(args, given):
+    """Set what FROM_CHECKPOINT names as it was in the run that --weights comes from, in place, and say it.
+
+    A run that is resumed takes it from its own checkpoint, since that of --weights may be gone.
+    """
+    own = Path(args.out) / "last.pth"
+    try:
+        checkpoint = torch.load(own if own.exists() else args.weights, "cpu", weights_only=True, mmap=True)
+        settings = checkpoint["settings"]
+        taken = {name: settings[name] for name in FROM_CHECKPOINT if name not in given}
+        differ = {name: settings[name] for name in FROM_CHECKPOINT
+                  if name in given and given[name] != settings[name]}
+    except Exception:  # no checkpoint of train.py: the network says what else it can take
+        return
+    vars(args).update(taken)
+    say(f"--weights {args.weights}: {described(taken)}, as that run had")
+    if differ:
+        say(f"warning: --weights {args.weights}: trained with {described(differ)}, other than the flags say")
+
+
+def described(settings):
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items())
 
 
 def check(args, given):

@@ -231,11 +231,13 @@ def train(args, device):
     draws = TrainingDraws(data, labelled, [] if args.supervised else unlabelled, args.batch_size,
                           args.crop_size, args.seed, args.scale, args.image_size,
                           strong=args.intensity != "none")
-    epoch = math.ceil(len(unlabelled or labelled) / args.batch_size)  # iterations of a pass
+    larger = max(len(labelled), len(unlabelled)) if args.dataset == "custom" else len(unlabelled or labelled)
+    epoch = math.ceil(larger / args.batch_size)  # iterations of a pass
     if args.iters:
         args.epochs = None
     else:
-        args.iters = args.epochs * epoch
+        args.iters = max(args.epochs * epoch, args.least_iters)
+    eval_every = args.eval_every * epoch if args.eval_every else math.ceil(args.iters / 20)
 
     # The networks, and the run's folder with the iteration to start from.
     student, bare, teacher, optimizer = build_networks(args, len(data.classes), device)
@@ -252,9 +254,9 @@ def train(args, device):
             scalars, gamma = train_step(student, teacher, optimizer, batch, iteration, args)
             run.record(iteration, scalars, gamma)
             done = iteration + 1
-            if done % args.log_every == 0 or done == args.iters:
+            if done == 1 or done % args.log_every == 0 or done == args.iters:
                 run.log(done)
-            if done % (args.eval_every * epoch) == 0 or done == args.iters:
+            if done % eval_every == 0 or done == args.iters:
                 run.validate(done)
             if done % args.checkpoint_every == 0 or done == args.iters:
                 run.save("last.pth", done)
@@ -301,8 +303,10 @@ def demand_fit_data(args, data, labelled, unlabelled):
         return []
     found = check_data(data, labelled, unlabelled, args.supervised)
     if found.problems:
-        more = len(found.problems) - 1
-        raise InputError(found.problems[0] + f" (and {more} more: {data.command('prepare.py')})" * bool(more))
+        first, *more = found.problems
+        if more:
+            first += f" (and {len(more)} more: {data.command('prepare.py')})"
+        raise InputError(first)
     return found.notes
 
 

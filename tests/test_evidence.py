@@ -147,7 +147,7 @@ def test_the_tables_hold_means_spreads_and_each_seed(tmp_path, capsys):
         run = tmp_path / f"tau_0.5-{seed}"
         run.mkdir()
         (run / "evidence.json").write_text('{"seconds": 10}')
-        trained = {"loss": 1, "hardness_mean": 0.25, "confident": 0.5, "cutmix": 1}
+        trained = {"L": 1, "gamma": 0.25, "confident": 0.5, "cutmix_fired": 1}
         validated = {"miou_teacher": miou, "miou_student": 0.1}
         (run / "metrics.jsonl").write_text(f"{json.dumps(trained)}\n{json.dumps(validated)}\n")
         (run / "result.txt").write_text(f"          teacher   student\nrings{10 * seed:12.2f}      1.00\n")

@@ -437,7 +437,7 @@ def test_what_cannot_change_a_results_meaning_may_differ_on_resuming(tmp_path, s
         patch.setattr(train, "train_step", constant_step)
         run_until(2, *EIGHT, "--out", tmp_path / "other")
         assert run(*EIGHT, "--log-every", 3, "--out", tmp_path / "other")[0] == 0
-    losses = {r["iteration"]: r["loss"] for r in lines(tmp_path / "other") if "loss" in r}
+    losses = {r["iteration"]: r["L"] for r in lines(tmp_path / "other") if "L" in r}
     assert losses == {2: 0.5, 6: 3.5, 8: 6.5}
 
 
@@ -628,7 +628,7 @@ def test_a_class_that_occurs_nowhere_is_null_and_the_others_are_logged(tmp_path,
     logged = scalars(tmp_path / "out")
     if logged:
         assert logged["iou_teacher/sky"] == [(1, 0.5), (2, 0.5)] and "iou_teacher/sea" not in logged
-        assert logged["miou_student"] == [(2, 0.25)] and logged["loss"][0][0] == 2
+        assert logged["miou_student"] == [(2, 0.25)] and logged["L"][0][0] == 2
 
 
 NO_POSIX = """
@@ -712,7 +712,8 @@ def test_a_photograph_that_turns_out_to_be_broken_is_named_and_can_be_removed(tm
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_validation_image_that_turns_out_to_be_broken_can_be_replaced(tmp_path, small, workers):
     root, out = custom(tmp_path / "data", images=12), tmp_path / "out"
-    flags = ["--dataset", "custom", "--data-root", root, *TINY, "--iters", 2, "--workers", workers, "--out"]
+    flags = ["--dataset", "custom", "--data-root", root, *TINY, "--iters", 2, "--workers", workers,
+             "--eval-every", 9, "--out"]
     assert run(*flags, tmp_path / "whole")[0] == 0
     whole = (root / "JPEGImages" / "im5.jpg").read_bytes()
     damage(root, "im5")

@@ -108,7 +108,7 @@ def test_a_step_is_algorithm_1():
             mixed[m] = torch.where(masks[m], labels[n], labels[m])
         expected = torch.where(masks[m] & fires, weak[n], weak[m])
         assert torch.allclose(a_c[m], expected, atol=1e-5)
-    assert values["cutmix"] == fires
+    assert values["cutmix_fired"] == fires
     # Eq. 3, 10 and 1, image by image.
     loss_x = loss_u = 0
     z_x, z_i, z_c = logits.split(4)
@@ -116,10 +116,10 @@ def test_a_step_is_algorithm_1():
         H = lambda z, y: F.cross_entropy(z[None], y[None].long(), ignore_index=255, reduction="sum")
         loss_x += H(z_x[i], batch["y"][i]) / 64 / 4
         loss_u += (1 - gamma[i]) / 2 * (H(z_i[i], labels[i]) + H(z_c[i], mixed[i])) / 64 / 4
-    assert values["loss_x"] == pytest.approx(loss_x.item(), rel=1e-5)
-    assert values["loss_u"] == pytest.approx(loss_u.item(), rel=1e-5) and loss_u > 0
-    assert values["loss"] == pytest.approx((loss_x + 2 * loss_u).item(), rel=1e-5)
-    assert values["hardness_mean"] == pytest.approx(gamma.mean().item())
+    assert values["L_x"] == pytest.approx(loss_x.item(), rel=1e-5)
+    assert values["L_u"] == pytest.approx(loss_u.item(), rel=1e-5) and loss_u > 0
+    assert values["L"] == pytest.approx((loss_x + 2 * loss_u).item(), rel=1e-5)
+    assert values["gamma"] == pytest.approx(gamma.mean().item())
     kept = [(labels[i] != IGNORE).sum() / batch["valid"][i].sum() for i in range(4)]
     assert values["confident"] == pytest.approx(sum(kept).item() / 4) and 0 < sum(kept) < 4
 
@@ -135,7 +135,7 @@ def test_a_step_is_algorithm_1():
 def test_a_seeded_step_gives_what_it_always_gave(flags, loss, loss_u, gamma, student_weights):
     # No truth of their own: numbers that a change of form must leave (README, "Working on it").
     values, _, student, *_ = one_step(*flags.split())
-    found = values["loss"], values["loss_u"], values["hardness_mean"], student.conv.weight.abs().sum().item()
+    found = values["L"], values["L_u"], values["gamma"], student.conv.weight.abs().sum().item()
     assert found == pytest.approx((loss, loss_u, gamma, student_weights), abs=2e-5, rel=1e-5)
 
 
@@ -169,14 +169,14 @@ def test_the_rows_of_table_4(flags, views, weighted):
         labels[(confidence < args.tau) | ~batch["valid"]] = IGNORE
         loss = F.cross_entropy(logits[4:], labels, ignore_index=255, reduction="none").mean((1, 2))
         weight = 1 - gamma if weighted else torch.ones(4)
-        assert values["loss_u"] == pytest.approx((weight * loss).mean().item(), rel=1e-5)
+        assert values["L_u"] == pytest.approx((weight * loss).mean().item(), rel=1e-5)
 
 
 def test_supervised_training_sees_labelled_images_alone():
     values, gamma, student, teacher, *_ = one_step("--supervised")
     assert gamma is None and len(student.calls) == 1 and not teacher.calls
-    assert len(student.calls[0][0]) == 4 and values["loss"] == values["loss_x"] > 0
-    assert values["loss_u"] == values["cutmix"] == 0
+    assert len(student.calls[0][0]) == 4 and values["L"] == values["L_x"] > 0
+    assert values["L_u"] == values["cutmix_fired"] == 0
 
 
 def cutmix_fires(gamma, *flags):
@@ -242,7 +242,7 @@ def test_as_released_by_hand(iteration, fires):
     terms = [F.cross_entropy(logits, y.long(), ignore_index=255, reduction="none").mean((1, 2))
              for logits, y in zip(student.calls[1][1].split(4)[1:], (labels, mixed))]
     expected = (1 - gamma) * (sum(terms) / 2 if fires else terms[0])
-    assert values["cutmix"] == fires and values["loss_u"] == pytest.approx(expected.mean().item())
+    assert values["cutmix_fired"] == fires and values["L_u"] == pytest.approx(expected.mean().item())
 
 
 def test_accumulation_gives_the_same_step_where_batchnorm_does_not_see_the_batch(monkeypatch):

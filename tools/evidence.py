@@ -102,7 +102,7 @@ PAPER |= {f"voc_table4 {row}": number for row, (_, number) in TABLE4.items()}
 # GiB at the peak of a step with 16 + 16 crops of 513 in bf16, as tools/memory.py computes them.
 MEMORY = {("resnet50", 16): 17.2, ("resnet50", 8): 29.3, ("resnet101", 16): 22.5, ("resnet101", 8): 49.3}
 # What a run's log and its pseudo-labels say of it, and the names of these columns.
-LOGGED = {"hardness_mean": "gamma", "confident": "confident", "cutmix": "CutMix fired"}
+LOGGED = {"gamma": "gamma", "confident": "confident", "cutmix_fired": "CutMix fired"}
 RIGHT = {"right": "right", "right_easiest": "of the easiest", "right_hardest": "of the hardest"}
 
 
@@ -200,7 +200,7 @@ def run(row, flags, seed, call, args, done):
     if row in args.bases and not (out / "easiest.txt").exists():
         choose_labels(out, seed)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    trained = [line for line in lines if "loss" in line]
+    trained = [line for line in lines if "L" in line]
     validated = [line["miou_teacher"] for line in lines if "miou_teacher" in line]
     found = json.loads(record.read_text()) | {
         "teacher": 100 * validated[-1], "student": 100 * lines[-1]["miou_student"],

@@ -23,7 +23,7 @@ BAND, MEAN, EASY, HARD = (205, 220, 240), (40, 80, 160), (40, 140, 60), (200, 60
 
 
 def curve(records, traces, size=(640, 320), margin=40):
-    """A Pillow plot of hardness_mean +- hardness_std, and of each named trace of (iteration, gamma)."""
+    """A Pillow plot of gamma +- gamma_std, and of each named trace of (iteration, gamma)."""
     picture = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(picture)
     last = records[-1]["iteration"]
@@ -32,10 +32,10 @@ def curve(records, traces, size=(640, 320), margin=40):
         return (margin + iteration / last * (size[0] - 2 * margin),
                 size[1] - margin - min(max(gamma, 0), 1) * (size[1] - 2 * margin))
 
-    bounds = [[point(r["iteration"], r["hardness_mean"] + side * r["hardness_std"]) for r in records]
+    bounds = [[point(r["iteration"], r["gamma"] + side * r["gamma_std"]) for r in records]
               for side in (1, -1)]
     draw.polygon(bounds[0] + bounds[1][::-1], fill=BAND)
-    draw.line([point(r["iteration"], r["hardness_mean"]) for r in records], fill=MEAN, width=3)
+    draw.line([point(r["iteration"], r["gamma"]) for r in records], fill=MEAN, width=3)
     for trace, ink in zip(traces.values(), (EASY, HARD)):
         draw.line([point(*p) for p in trace], fill=ink, width=1)
     for tick in (0, 0.5, 1):
@@ -76,7 +76,7 @@ def main():
     mean = {name: sum(g for _, g in trace) / len(trace) for name, trace in traces.items()}
     easy, hard = min(mean, key=mean.get), max(mean, key=mean.get)
     args.out.mkdir(parents=True, exist_ok=True)
-    curve([r for r in records if "loss" in r], {f"easy: {easy}": traces[easy], f"hard: {hard}": traces[hard]}
+    curve([r for r in records if "L" in r], {f"easy: {easy}": traces[easy], f"hard: {hard}": traces[hard]}
           ).save(args.out / "gamma.png")
 
     data = open_data(settings["dataset"], args.data_root or settings["data_root"])
