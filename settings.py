@@ -118,6 +118,10 @@ PROTOCOLS = {
 }
 SMALL = {"backbone": "resnet18", "channels": 64, "image_size": 256, "crop_size": 129, "batch_size": 4,
          "ema": 0.99, "iters": 3000, "eval_every": None}  # on top of the data set's protocol
+# GiB by backbone: the weights of the encoder and of a decoder of 256 channels, and what a step keeps of an
+# image of 513 x 513 at output stride 16 and 8.
+MEMORY = {"resnet18": (0.17, 0.08, {16: 0.27, 8: 0.40}), "resnet34": (0.32, 0.08, {16: 0.33, 8: 0.52}),
+          "resnet50": (0.35, 0.25, {16: 0.64, 8: 1.16}), "resnet101": (0.63, 0.25, {16: 0.85, 8: 1.98})}
 # What a checkpoint given as --weights settles unless a flag says otherwise.
 FROM_CHECKPOINT = ("backbone", "channels", "output_stride", "multi_grid", "image_size", "crop_size")
 
@@ -257,3 +261,19 @@ def check(args, given):
     demand(not args.supervised or share > args.accumulate or (args.cuda and ranks > 1),
            f"--batch-size {args.batch_size}: {ranks} ranks and --accumulate {args.accumulate} leave "
            f"BatchNorm one image at a time, and it needs two")
+
+
+def step_memory(args, ranks=1):
+    """GiB that the tensors of a training step take at their peak on each of `ranks`, with 21 classes.
+
+    Fitted to what was counted on tensors without content (docs/speed.md), within 4 %; up to 15 % too high
+    below 0.5 GiB. The weights count four times: student, gradient, momentum and teacher.
+    """
+    encoder, decoder, image = MEMORY[args.backbone]
+    width, share = args.channels / 256, args.batch_size / ranks
+    views = 0 if args.supervised else max(1, (args.intensity != "none") + (args.cutmix != "none"))
+    kept = image[args.output_stride] - {16: 0.09, 8: 0.14}[args.output_stride] * (1 - width) + 0.03 * args.aux
+    if args.amp:
+        kept = kept / 2 + 0.026  # logits and losses stay in float32
+    images = share / args.accumulate * (1 + views)  # of one forward
+    return encoder + decoder * width + (images * kept + 0.01 * share) * (args.crop_size / 513) ** 2

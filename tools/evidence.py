@@ -25,6 +25,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ from batches import normalize, picture_to_tensor
 from data import IGNORE, InputError, open_data
 from evaluate import load_checkpoint, load_model
 from hardness import pseudo_label
-from settings import parse_arguments
+from settings import parse_arguments, step_memory
 
 STANDARD = "--loss standard --intensity standard --cutmix standard"
 # tau is the paper's for street scenes; the rest is what two cores can do.
@@ -99,8 +100,6 @@ GROUPS["voc_table4"] = {f"voc_table4 {row}": f"--dataset voc --split 1_8 --backb
                         for row, (flags, _) in TABLE4.items()}
 PAPER |= {f"voc_table4 {row}": number for row, (_, number) in TABLE4.items()}
 
-# GiB at the peak of a step with 16 + 16 crops of 513 in bf16, as tools/memory.py computes them.
-MEMORY = {("resnet50", 16): 17.2, ("resnet50", 8): 29.3, ("resnet101", 16): 22.5, ("resnet101", 8): 49.3}
 # What a run's log and its pseudo-labels say of it, and the names of these columns.
 LOGGED = {"gamma": "gamma", "confident": "confident", "cutmix_fired": "CutMix fired"}
 RIGHT = {"right": "right", "right_easiest": "of the easiest", "right_hardest": "of the hardest"}
@@ -109,14 +108,10 @@ RIGHT = {"right": "right", "right_easiest": "of the easiest", "right_hardest": "
 def accumulation(settings, ranks, memory):
     """The smallest --accumulate with which the settings of a run fit into GPUs of `memory` GiB: 1.15
     times the computed peak leaves room for what it does not count."""
+    amp = settings.amp or settings.default_amp and not settings.cuda  # planned here for GPUs elsewhere
     images = settings.batch_size // ranks
-    need = 1.15 * MEMORY.get((settings.backbone, settings.output_stride), 0) * images / 16
-    if not settings.amp and (settings.cuda or not settings.default_amp):
-        need *= 1.85  # in float32, by the same computation
-    need *= (settings.crop_size / 513) ** 2
-    if settings.supervised:
-        need /= 3  # B_x alone, without two views of B_u
-    fit = [n for n in range(1, images + 1) if images % n == 0 and need / n < memory]
+    fit = [n for n in range(1, images + 1) if images % n == 0
+           and 1.15 * step_memory(replace(settings, accumulate=n, amp=amp), ranks) < memory]
     return fit[0] if fit else images
 
 
