@@ -368,7 +368,7 @@ class Run:
                 f"{folder}/last.pth --beside {baseline}/last.pth --pictures {folder}/panels")
         confident = self.confident_at_last()
         if confident < 0.05:
-            say(f"The unlabelled images taught this run nothing: over its last third, {confident:.1%} of their "
+            say(f"The unlabelled images taught this run nothing: in its last third, {confident:.1%} of their "
                 f"pixels were confident.\nLower --tau, now {self.args.tau}, and give another --out.")
 
     def confident_at_last(self):

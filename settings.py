@@ -215,17 +215,17 @@ def take_from_checkpoint(args, given):
     """
     own = Path(args.out) / "last.pth"
     try:
-        checkpoint = torch.load(own if own.exists() else args.weights, "cpu", weights_only=True, mmap=True)
-        settings = checkpoint["settings"]
-        taken = {name: settings[name] for name in FROM_CHECKPOINT if name not in given}
-        differ = {name: settings[name] for name in FROM_CHECKPOINT
-                  if name in given and given[name] != settings[name]}
+        path = own if own.exists() else args.weights
+        trained = torch.load(path, "cpu", weights_only=True, mmap=True)["settings"]
     except Exception:  # no checkpoint of train.py: the network says what else it can take
         return
+    taken = {name: trained[name] for name in FROM_CHECKPOINT if name in trained and name not in given}
+    differ = {name: trained[name] for name in FROM_CHECKPOINT
+              if name in trained and trained[name] != given.get(name, trained[name])}
     vars(args).update(taken)
     say(f"--weights {args.weights}: {described(taken)}, as that run had")
     if differ:
-        say(f"warning: --weights {args.weights}: trained with {described(differ)}, other than the flags say")
+        say(f"warning: --weights {args.weights}: was trained with {described(differ)}; the flags differ")
 
 
 def described(settings):
