@@ -6,6 +6,7 @@ flag says otherwise.
 
 import argparse
 import os
+import sys
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import get_args
@@ -277,3 +278,36 @@ def step_memory(args, ranks=1):
         kept = kept / 2 + 0.026  # logits and losses stay in float32
     images = share / args.accumulate * (1 + views)  # of one forward
     return encoder + decoder * width + (images * kept + 0.01 * share) * (args.crop_size / 513) ** 2
+
+
+def check_memory(args, argv=None):
+    """On a CPU, refuse a step that its memory cannot hold, by an InputError with flags under which it fits.
+
+    argv: the flags that args were made of. Returns a line where a step fits but is large, else "".
+    """
+    ranks, have = world_size(), machine_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    need = 1.15 * step_memory(args, ranks)  # what the tensors take does not count all
+    if args.cuda or need < 1:
+        return ""
+    size = f"a step of {args.backbone} with crops of {args.crop_size} takes about {need:.1f} GiB"
+    if need < have:
+        return f"{size}, and is slow on a CPU; --small is made for one"
+    small = parse_arguments([*(sys.argv[1:] if argv is None else argv), "--small"])
+    remedies = ["--small"] if not args.small and 1.15 * step_memory(small, ranks) < have else []
+    share = args.batch_size // ranks
+    for n in range(args.accumulate + 1, share // 2 + 1):
+        if share % n == 0 and 1.15 * step_memory(replace(args, accumulate=n), ranks) < have:
+            remedies.append(f"--accumulate {n}")
+            break
+    raise InputError(f"{size}, and each process has {have:.1f}; give "
+                     f"{' or '.join(remedies) or 'a smaller --crop-size'}")
+
+
+def machine_memory():
+    """GiB of memory that this machine has, or its container is allowed."""
+    if not hasattr(os, "sysconf"):  # Windows
+        return float("inf")
+    total, limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), Path("/sys/fs/cgroup/memory.max")
+    if limit.exists() and limit.read_text().strip().isdigit():
+        total = min(total, int(limit.read_text()))
+    return total / 2 ** 30

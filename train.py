@@ -51,7 +51,7 @@ from hardness import (
 from model import DeepLabV3Plus, update_teacher
 from ranks import average_buffers, gather, join, leave, own, rank, say, together, world_size
 from run_folder import Run, RunError, handlers_kept
-from settings import parse_arguments
+from settings import check_memory, parse_arguments
 
 # What else is said where memory, or the int that counts elements, runs out.
 TOO_LARGE = ("out of memory|allocate memory|_STATUS_ALLOC_FAILED|INT_MAX elements|"
@@ -243,10 +243,12 @@ def train(args, device):
     student, bare, teacher, optimizer = build_networks(args, len(data.classes), device)
     run = Run(args, data, draws, bare, teacher, optimizer, device)
     say(f"{args.dataset}: {len(labelled)} labelled, {len(draws.unlabelled)} unlabelled and "
-        f"{len(data.val)} validation images, {len(data.classes)} classes"
-        + "".join(f"\n{note}" for note in (*notes, getattr(bare, "note", "")) if note)
-        + f"\n{args.iters} iterations on {world_size()} x {device.type}, into {args.out}"
-        + (f"\nresumes at iteration {run.start} of {args.iters}" if run.start else ""))
+        f"{len(data.val)} validation images, {len(data.classes)} classes")
+    for note in filter(None, [*notes, getattr(bare, "note", "")]):
+        say(note)
+    say(f"{args.iters} iterations on {world_size()} x {device.type}, into {args.out}")
+    if run.start:
+        say(f"resumes at iteration {run.start} of {args.iters}")
 
     # The loop.
     with closing(run.batches()) as batches:
@@ -321,7 +323,10 @@ def main(argv=None):
         sys.exit(2)
     torch.backends.cudnn.benchmark = device.type == "cuda"
     try:
-        train(together(parse_arguments, argv), device)
+        args = together(parse_arguments, argv)
+        if note := together(check_memory, args, argv):
+            say(note)
+        train(args, device)
     except (InputError, RunError) as error:  # on all ranks
         if rank() == 0:
             print(f"train.py: {error}", file=sys.stderr, flush=True)

@@ -6,6 +6,7 @@ from dataclasses import fields
 import pytest
 import torch
 
+import settings
 from settings import PROTOCOLS, Settings, parse_arguments
 from test_data import custom
 from test_evaluate import checkpoint
@@ -95,3 +96,25 @@ def test_an_epoch_of_own_data_is_a_pass_over_the_larger_set(tmp_path, small, ima
         _, out, err = run(*TINY, "--dataset", "custom", "--data-root", root, "--epochs", 1, "--out",
                           tmp_path / f"out{len(method)}", *method)
         assert f"\n{epoch} iterations on " in out, err
+
+
+def test_a_step_that_the_memory_cannot_hold_is_refused_with_flags_that_fit(tmp_path, monkeypatch, small):  # noqa: F811
+    root = custom(tmp_path / "data")
+    flags = ["--dataset", "custom", "--data-root", root, "--weights", "none", "--iters", 1,
+             "--out", tmp_path / "out"]
+    monkeypatch.setattr(settings, "machine_memory", lambda: 20.0)
+    code, out, err = run(*flags)
+    assert code == 2 and not (tmp_path / "out").exists()
+    assert err.startswith("train.py: a step of resnet50 with crops of 513 takes about ")
+    assert err.endswith("GiB, and each process has 20.0; give --small or --accumulate 2\n")
+    assert run(*flags, "--small")[0] == 0
+    as_given = [str(flag) for flag in [*flags, "--accumulate", 2]]
+    assert "GiB, and is slow on a CPU; --small is made for one" in settings.check_memory(
+        parse_arguments(as_given), as_given)
+    for many in ("--batch-size", "2", "--crop-size", "4001"), ("--small", "--crop-size", "9999"):
+        assert run(*flags, *many)[2].endswith("; give a smaller --crop-size\n")
+
+
+def test_small_runs_say_nothing_of_memory():
+    assert settings.check_memory(parse_arguments([]), []) == ""
+    assert settings.check_memory(parse_arguments(["--dataset", "custom", "--small"]), []) == ""
