@@ -6,10 +6,11 @@
 
 Works alone. The upper half, Table 5, works on the CPU and draws from the numpy Generator it is
 given; the lower half, Eq. 8 and Eq. 9, is torch on a whole batch and its device, without a Python
-loop over images and without a host-device sync. R1, R2, R12, R13 are readings of what the paper
-leaves open, as in the README's table; each is said in words where it is used.
+loop over images and without a host-device sync. R1, R2, R12 and R13 are readings of what the paper
+leaves open; each is explained where it is used.
 
-Shapes: B images, H x W pixels. `hardness` is gamma of Eq. 7, (B,) in [0, 1], large for hard.
+Shapes: B images, H x W pixels. `hardness` is gamma of Eq. 7, (B,) in [0, 1], large for hard. The
+lower half raises ValueError for tensors of other shapes.
 """
 
 import torch
@@ -20,15 +21,15 @@ from torchvision.transforms import functional as TF
 def weak_augment(image, mask, crop_size, rng, scale=(0.5, 2.0), max_side=None):
     """Weak augmentation of Table 5: random scale, crop and flip, of image and mask together.
 
-    image:      a Pillow RGB image, W x H; a JPEG that is not loaded yet is decoded no larger than
-                the crop needs.
+    image:      a Pillow image, W x H; a JPEG that is not loaded yet is decoded no larger than the
+                crop needs.
     mask:       its label map, a Pillow image of the same size, or None.
     crop_size:  side of the square crop.
     scale:      the range of the factor on the image's own size.
-    max_side:   if given, "own size" is that of the image shrunk until its longer side is max_side.
-    Returns (image, mask), at most crop_size x crop_size: smaller where the scaled image is, for the
-    caller to pad (see pad). One resampling of the region that is seen gives what resizing
-    the whole image and then cropping it would; masks are resampled to the nearest label.
+    max_side:   if given, an image whose longer side is above it is first shrunk to it.
+    Returns (image, mask), image in RGB, at most crop_size x crop_size: smaller where the scaled image
+    is, for the caller to pad (see pad). Only the crop is resampled, with the same result as resizing
+    the whole image and then cropping; masks take the nearest label.
     """
     width, height = image.size
     factor = rng.uniform(*scale) * min(1, (max_side or max(image.size)) / max(image.size))
@@ -48,8 +49,8 @@ def weak_augment(image, mask, crop_size, rng, scale=(0.5, 2.0), max_side=None):
             crop(mask, Image.Resampling.NEAREST) if mask is not None else None)
 
 
-# Table 5's intensity operations: name -> f(image, rng). It is silent on the blur's sigma, and on the hue's
-# sign: both ways, as ColorJitter has it.
+# Table 5's intensity operations: name -> f(image, rng). The table gives no sigma for the blur and no sign
+# for the hue, which here shifts both ways, as in torchvision's ColorJitter.
 INTENSITY_OPERATIONS = {
     "identity": lambda image, rng: image,
     "invert": lambda image, rng: TF.invert(image),
@@ -85,7 +86,7 @@ def random_boxes(batch, height, width, rng):
     """One CutMix box an image (R12): side ratio U(0.1, 0.9), centre uniform, clipped at the border.
 
     Returns a (B, 4) int64 tensor of (top, left, bottom, right) on the CPU, where the numpy Generator
-    `rng` draws; box_masks makes masks of it on whatever device it is moved to.
+    `rng` draws. Move it to the images' device and give it to box_masks.
     """
     ratio, y, x = torch.from_numpy(rng.random((3, batch)))
     half = (0.1 + 0.8 * ratio) / 2
@@ -97,9 +98,12 @@ def random_boxes(batch, height, width, rng):
 def blend_intensity(weak, strong, hardness):
     """A^I(u), Eq. 8: the strong view weighs 1 - gamma, so that hard images are distorted least (R1).
 
-    weak, strong (B, 3, H, W) float -> the same. Pass 1 - gamma for the equation as printed.
+    weak, strong (B, 3, H, W), of one floating-point type -> the same, in that type. Pass 1 - gamma for
+    the equation as printed.
     """
-    gamma = hardness[:, None, None, None]
+    demand("strong", strong, weak.shape)
+    demand("hardness", hardness, weak.shape[:1])
+    gamma = hardness[:, None, None, None].to(weak.dtype)  # lerp takes one type
     return torch.lerp(strong, weak, gamma)  # (1 - gamma) A^I(u) + gamma A_w(u)
 
 
@@ -110,6 +114,7 @@ def hard_easy_pairs(hardness):
     hardness (B,) -> (B,) int64, the index of each image's partner. A pairing is mutual; in an odd
     batch the image in the middle is its own partner.
     """
+    demand("hardness", hardness, (len(hardness),))
     ascending = hardness.argsort(stable=True)
     return torch.empty_like(ascending).scatter_(0, ascending, ascending.flip(0))
 
@@ -126,9 +131,20 @@ def cutmix(images, pseudo_labels, partner, masks):
     """A^C(u) and p^t', Eq. 9: inside its mask, an image shows its partner, and so does its label map.
 
     images (B, 3, H, W) and pseudo_labels (B, H, W) of any dtype, partner (B,), masks (B, H, W) bool
-    -> (images, pseudo_labels). Eq. 9 is triggered for the whole batch by one draw u ~ U(0, 1):
-    `fired = u > gamma_bar`, gamma_bar the mean hardness (R2), and the masks are `masks & fired`, for
-    an all-False mask leaves an image as it is.
+    -> (images, pseudo_labels). One coin ~ U(0, 1) triggers Eq. 9 for the whole batch: with
+    `fired = coin > gamma_bar`, gamma_bar the mean hardness (R2), give `masks & fired`. An image whose
+    mask is all False stays as it is.
     """
+    size = images.shape[:1] + images.shape[2:]
+    demand("pseudo_labels", pseudo_labels, size)
+    demand("masks", masks, size, torch.bool)
+    demand("partner", partner, images.shape[:1])
     return (torch.where(masks[:, None], images[partner], images),
             torch.where(masks, pseudo_labels[partner], pseudo_labels))
+
+
+def demand(name, tensor, shape, dtype=None):
+    """Raises ValueError for a tensor of another shape or type."""
+    if tensor.shape != shape or dtype not in (None, tensor.dtype):
+        raise ValueError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}, and should be "
+                         f"{dtype or tensor.dtype} of shape {tuple(shape)}")

@@ -30,12 +30,13 @@ class DeepLabV3Plus(nn.Module):
                     number of classes differs), or a checkpoint that holds one of the two at any
                     depth, preferably as "teacher".
     aux:            adds an FCN head on stage 3, used in training only (see forward).
-    multi_grid:     dilates the three blocks of stage 4 by 2, 4 and 8 (4, 8 and 16 at stride 8) rather
-                    than evenly, as the authors did; the two of resnet18 by 2 and 4 (4 and 8).
+    multi_grid:     dilates the blocks of stage 4 by 1, 2 and 4 times the stage's dilation (2 at stride
+                    16, 4 at stride 8) instead of evenly, as the authors did.
 
-    `note` is a line on what a file of weights gave, or "".
-    Raises ValueError for a backbone or stride that is not there, and for weights that do not fit;
-    OSError where the weights cannot be read or fetched.
+    `note` is a line on what a file of weights gave, or "". torch.jit.script and torch.export take the
+    network.
+    Raises ValueError for an unknown backbone or stride, and for weights that do not fit; OSError where
+    the weights cannot be read or fetched.
     """
 
     def __init__(self, num_classes, backbone="resnet50", output_stride=16, channels=256,
@@ -75,11 +76,12 @@ class DeepLabV3Plus(nn.Module):
         self.note = "" if weights in (None, "none") else load_weights(
             self, weights, backbone, channels, {"output_stride": output_stride, "multi_grid": multi_grid})
 
-    def forward(self, images):
+    def forward(self, images) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """images (B, 3, H, W), any H and W, ImageNet-normalised -> logits (B, C, H, W), float32.
 
         With `aux`, training mode returns the pair (logits, auxiliary logits).
-        Raises ValueError in training for a batch of one (see ImagePooling).
+        BatchNorm raises ValueError in training for a batch of one, of which image pooling leaves it one
+        value a channel. (SyncBatchNorm sees the other ranks' images too.)
         """
         size = images.shape[-2:]
         low_level = self.layer1(self.stem(images))
@@ -111,18 +113,15 @@ def update_teacher(teacher, student, alpha, iteration):
 class ImagePooling(nn.Sequential):
     """ASPP's image pooling, of torchvision's modules: one value a channel, the same at every pixel.
 
-    It is expanded rather than interpolated, which autocast would do in float32. Raises ValueError in
-    training for a batch of one image, whose one value BatchNorm cannot normalise (a SyncBatchNorm
-    can: it sees the other ranks' images too).
+    It is expanded rather than interpolated, which autocast would do in float32.
     """
 
     def forward(self, features):
-        norm = self[2]
-        if norm.training and isinstance(norm, nn.BatchNorm2d) and len(features) == 1:
-            raise ValueError("DeepLabV3+ cannot train on a batch of one image: image pooling leaves "
-                             "BatchNorm one value a channel; use a batch of two or more")
-        pooled = super().forward(features).expand(-1, -1, *features.shape[-2:])
-        # What it is joined with stays channels_last only if all of it is.
+        pooled = features
+        for module in self:  # torch.jit.script knows no super()
+            pooled = module(pooled)
+        pooled = pooled.expand(-1, -1, features.shape[2], features.shape[3])
+        # The tensors that it is joined with stay channels_last only if all of them are.
         return pooled.contiguous(memory_format=torch.channels_last)
 
 
@@ -134,13 +133,13 @@ def conv_bn_relu(in_channels, out_channels, kernel_size):
     )
 
 
-def upsample(coarse, size):
+def upsample(coarse, size: list[int]):
     # In float32: softmax and losses want the logits so, and the coarse map is cheap to cast.
     return F.interpolate(coarse.float(), size, mode="bilinear")
 
 
 def dilate(layer, previous, dilation):
-    """Give up a ResNet stage's stride of 2 for dilation, in place.
+    """Replace a ResNet stage's stride of 2 by dilation, in place.
 
     The convolution that had the stride keeps the dilation `previous` of the stage before; the 3x3
     convolutions after it take `dilation`. Every second pixel of the result is then exactly what the
@@ -176,26 +175,19 @@ def read_weights(weights, backbone):
 def load_weights(network, weights, backbone, channels, dilation):
     """Load "imagenet" or a file (see DeepLabV3Plus) into a network of these options, in place.
 
-    Returns a line on what a file gave, "" for "imagenet". `dilation` are the options that weights of
-    another value still fit.
+    Returns a line on what a file gave, "" for "imagenet". `dilation` holds the options that change no
+    tensor: weights trained with others fit, and are noted.
     """
     tree = read_weights(weights, backbone)
     tensors, needed = dict(flatten(tree)), dict(flatten(network.state_dict()))
     # The ResNet lies at the top, or under "teacher", "state_dict.module.backbone" and the like.
-    prefixes = [name.removesuffix(FIRST) for name in tensors if f".{name}".endswith(f".{FIRST}")]
-    prefix = max(prefixes, key=lambda prefix: "teacher" in prefix, default="")
-    state = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    places = [name.removesuffix(FIRST) for name in tensors if f".{name}".endswith(f".{FIRST}")]
+    place = max(places, key=lambda place: "teacher" in place, default="")
+    state = {name.removeprefix(place): tensor for name, tensor in tensors.items() if name.startswith(place)}
     whole = all(name in state for name in needed if name.startswith(("aspp.", "low_level.", "decoder.")))
+    demand_fit(state, needed, whole, weights, backbone, channels)
 
-    held, width = kind(state, needed, backbone), len(state["decoder.0.0.weight"]) if whole else channels
-    if (held, width) != (backbone, channels):
-        flags = f"--backbone {held} " * (held != backbone) + f"--channels {width} " * (width != channels)
-        remedy = flags.strip() if held in BACKBONES else (
-            f"torchvision's state dict of {backbone}, --weights imagenet or --weights none")
-        raise ValueError(f"weights {weights}: hold {held}{f' with {width} channels' * whole}, where "
-                         f"{backbone}{f' with {channels}' * whole} is needed; give {remedy}")
-
-    fresh = set()  # what the file does not have, or for other classes
+    fresh = set()  # what the file does not have, or has for other classes
     for name in needed if whole else encoder(needed):
         if name in state and state[name].shape == needed[name].shape:
             needed[name].copy_(state[name])
@@ -203,16 +195,34 @@ def load_weights(network, weights, backbone, channels, dilation):
             fresh.add(name)
     if weights == "imagenet":
         return ""
-    note = f"weights {weights}: {'the whole network' if whole else 'the encoder'} of {prefix[:-1] or 'it'}"
+    notes = [f"weights {weights}: {'the whole network' if whole else 'the encoder'} of {place[:-1] or 'it'}"]
     if "decoder.2.weight" in fresh:
-        note += (f"; the last layer starts anew, for {len(needed['decoder.2.weight'])} classes in place "
-                 f"of {len(state['decoder.2.weight'])}")
+        notes.append(f"the last layer starts anew, for {len(needed['decoder.2.weight'])} classes in place of "
+                     f"{len(state['decoder.2.weight'])}")
     if "aux.0.weight" in fresh:
-        note += "; the auxiliary head starts anew"
+        notes.append("the auxiliary head starts anew")
     settings = tree.get("settings")
-    trained = dilation | settings if isinstance(settings, dict) else dilation
-    other = [f"{name} {trained[name]}" for name, value in dilation.items() if trained[name] != value]
-    return note + f"; it was trained with {' and '.join(other)}" * bool(other)
+    if isinstance(settings, dict):
+        other = [f"{name} {settings[name]}" for name in dilation
+                 if settings.get(name, dilation[name]) != dilation[name]]
+        if other:
+            notes.append(f"it was trained with {' and '.join(other)}")
+    return "; ".join(notes)
+
+
+def demand_fit(state, needed, whole, weights, backbone, channels):
+    """Raises ValueError, with the remedy, for the state of another ResNet or, if `whole`, other channels."""
+    held, need = kind(state, needed, backbone), backbone
+    width = len(state["decoder.0.0.weight"]) if whole else channels
+    if (held, width) == (backbone, channels):
+        return
+    flags = {"--backbone": (held, backbone), "--channels": (width, channels)}
+    remedy = " ".join(f"{flag} {has}" for flag, (has, given) in flags.items() if has != given)
+    if held not in BACKBONES:
+        remedy = f"torchvision's state dict of {backbone}, --weights imagenet or --weights none"
+    if whole:
+        held, need = f"{held} with {width} channels", f"{backbone} with {channels}"
+    raise ValueError(f"weights {weights}: hold {held}, where {need} is needed; give {remedy}")
 
 
 def flatten(tree, path=""):

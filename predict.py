@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from batches import picture_to_tensor
 from data import HEIC_SUFFIXES, IMAGE_SUFFIXES, InputError, files_in, open_photograph, reading
 from evaluate import colourize, confidence_map, load_model, predict
-from hardness import confident_ratio, weighted_iou
+from hardness import ratio_of_maxima, weighted_iou
 
 
 def overlay(image, labels, classes, palette):
@@ -41,7 +41,7 @@ def photograph_hardness(student, teacher, image, state):
     settings, num_classes = state["settings"], len(state["classes"])
     (p_s, z_s), (p_t, z_t) = (confidence_map(network, image, settings["window"], settings["image_size"])
                               for network in (student, teacher))
-    rho_s, rho_t = (confident_ratio(p[None, None], settings["tau"]) for p in (p_s, p_t))
+    rho_s, rho_t = (ratio_of_maxima(p[None], settings["tau"]) for p in (p_s, p_t))
     ignore_class = 0 if settings["ignore_background"] else None
     gamma = 1 - (rho_s / 2 * weighted_iou(z_s[None], z_t[None], num_classes, None, ignore_class)
                  + rho_t / 2 * weighted_iou(z_t[None], z_s[None], num_classes, None, ignore_class))

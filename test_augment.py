@@ -72,6 +72,14 @@ def test_weak_scale_flip_and_crop_have_table_5s_ranges():
     assert weak_augment(photograph(), None, 40, rng(0), scale=(2, 2))[0].size == (40, 40)
 
 
+def test_weak_keeps_a_pixel_of_the_thinnest_image():
+    # 40 x 1 times 0.4 would be 16 x 0.
+    crop, mask = weak_augment(Image.new("RGB", (40, 1), (9, 9, 9)), Image.new("L", (40, 1), 7), 30, rng(0),
+                              scale=(0.4, 0.4))
+    assert crop.size == mask.size == (16, 1)
+    assert crop.getcolors() == [(16, (9, 9, 9))] and mask.getcolors() == [(16, 7)]
+
+
 def test_weak_max_side_shrinks_before_scaling():
     crop, _ = weak_augment(photograph(90, 60), None, 1000, rng(0), scale=(1, 1), max_side=45)
     assert crop.size == (45, 30)
@@ -167,6 +175,13 @@ def test_eq_8_distorts_easy_images_most():
     assert blend[:, 0, 0, 0].tolist() == [1, 0, 0.75]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_eq_8_takes_views_of_any_floating_point_type(dtype):
+    weak, strong = torch.zeros(2, 3, 2, 2, dtype=dtype), torch.ones(2, 3, 2, 2, dtype=dtype)
+    blend = blend_intensity(weak, strong, torch.tensor([0.25, 1.0]))
+    assert blend.dtype == dtype and blend[:, 0, 0, 0].tolist() == [0.75, 0]
+
+
 def test_hard_easy_pairs_by_hand():
     # Sorted: image 2 (0.1), 0 (0.4), 3 (0.5), 1 (0.9). The easiest goes with the hardest.
     assert hard_easy_pairs(torch.tensor([0.4, 0.9, 0.1, 0.5])).tolist() == [3, 2, 1, 0]
@@ -206,3 +221,38 @@ def test_eq_9_by_hand():
     assert mixed.dtype == mixed_labels.dtype == torch.uint8
     same, same_labels = cutmix(images, labels, torch.tensor([1, 0]), torch.zeros_like(masks))
     assert same.equal(images) and same_labels.equal(labels)
+
+
+def test_a_box_has_rows_and_columns():
+    # Rows 1 and 2, column 3, of 4 x 5.
+    mask, = box_masks(torch.tensor([[1, 3, 3, 4]]), 4, 5)
+    assert mask.nonzero().tolist() == [[1, 3], [2, 3]]
+
+
+def test_the_lower_half_reads_no_value():
+    # On a GPU that would be a host-device sync; on "meta", whose tensors hold no values, it raises.
+    with torch.device("meta"):
+        images, gamma, boxes = torch.empty(2, 3, 4, 4), torch.empty(2), torch.empty(2, 4)
+        mixed, labels = cutmix(blend_intensity(images, images, gamma), images[:, 0], hard_easy_pairs(gamma),
+                               box_masks(boxes, 4, 4))
+    assert mixed.shape == (2, 3, 4, 4) and labels.shape == (2, 4, 4)
+
+
+VIEWS, LABELS, GAMMA = torch.zeros(2, 3, 4, 4), torch.zeros(2, 4, 4), torch.zeros(2)
+PARTNER, MASKS = torch.tensor([1, 0]), torch.ones(2, 4, 4, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda: blend_intensity(VIEWS, VIEWS, GAMMA[:, None]),
+     r"hardness is torch.float32 of shape \(2, 1\), and should be torch.float32 of shape \(2,\)$"),
+    (lambda: blend_intensity(VIEWS, VIEWS[:1], GAMMA), r"strong is .* \(1, 3, 4, 4\), and should be"),
+    (lambda: hard_easy_pairs(GAMMA[:, None]), r"hardness is .* \(2, 1\), and should be .* \(2,\)"),
+    (lambda: cutmix(VIEWS, LABELS, PARTNER, MASKS[:, None]), r"masks is .* \(2, 1, 4, 4\), and should be"),
+    (lambda: cutmix(VIEWS, LABELS, PARTNER, MASKS[0]), r"masks is .* \(4, 4\), and should be .* \(2, 4, 4\)"),
+    (lambda: cutmix(VIEWS, LABELS, PARTNER, MASKS.byte()), "masks is torch.uint8 .* should be torch.bool"),
+    (lambda: cutmix(VIEWS, LABELS[:, None], PARTNER, MASKS), r"pseudo_labels is .* \(2, 1, 4, 4\), and"),
+    (lambda: cutmix(VIEWS, LABELS, PARTNER[:1], MASKS), r"partner is .* \(1,\), and should be .* \(2,\)")])
+def test_what_would_be_silently_wrong_is_refused(call, message):
+    with pytest.raises(ValueError, match=message) as error:
+        call()
+    assert "\n" not in str(error.value)

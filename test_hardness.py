@@ -12,6 +12,7 @@ from hardness import (
     confident_ratio,
     instance_hardness,
     loss_hardness,
+    pixel_cross_entropy,
     pseudo_label,
     top_class,
     unsupervised_loss,
@@ -227,3 +228,60 @@ def test_unsupervised_loss_sends_no_gradient_where_nothing_supervises():
     labels = torch.tensor([[[255, 1], [255, 255]]])
     unsupervised_loss([logits], [labels], torch.tensor([0.2])).backward()
     assert (logits.grad.abs().sum(1) > 0).tolist() == [[[False, True], [False, False]]]
+
+
+def test_no_function_reads_a_value():
+    # On a GPU that would be a host-device sync; on "meta", whose tensors hold no values, it raises.
+    with torch.device("meta"):
+        prob, valid = torch.empty(2, 5, 4, 4), torch.empty(2, 4, 4, dtype=torch.bool)
+        gamma = instance_hardness(prob, prob, 0.9, valid, ignore_class=0)
+        assert confidence_hardness(prob, prob, 0.9, valid).shape == gamma.shape == (2,)
+        assert loss_hardness(prob, prob, valid=valid).shape == (2,)
+        labels = pseudo_label(prob, 0.9, valid)
+        assert unsupervised_loss([prob, prob], [labels, labels], gamma).shape == ()
+
+
+PROB, GAMMA = torch.full((2, 3, 4, 4), 1 / 3), torch.zeros(2)
+LABELS, VALID = torch.zeros(2, 4, 4, dtype=torch.uint8), torch.ones(2, 4, 4, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda: pseudo_label(torch.full((1, 299, 2, 2), 1 / 299), 0.5), "299 classes; .* at most 255"),
+    (lambda: confident_ratio(PROB[0], 0.5), r"\(3, 4, 4\) is not \(B, C, H, W\)"),
+    (lambda: confident_ratio(PROB, 0.5, VALID[:, None]), r"valid is torch.bool of shape \(2, 1, 4, 4\), and "
+     r"should be torch.bool of shape \(2, 4, 4\)"),
+    (lambda: pseudo_label(PROB, 0.5, VALID[0]), r"valid is .* should be .* \(2, 4, 4\)"),
+    (lambda: loss_hardness(PROB, PROB, valid=VALID.byte() * 255), "valid is torch.uint8 .* be torch.bool"),
+    (lambda: weighted_iou(LABELS, LABELS, 3, VALID.byte() * 255), "valid is torch.uint8 .* be torch.bool"),
+    (lambda: weighted_iou(LABELS, LABELS[:1], 3), r"z2 is .* \(1, 4, 4\), and should be .* \(2, 4, 4\)"),
+    (lambda: instance_hardness(PROB, PROB[:1], 0.5), "prob_s is"),
+    (lambda: confidence_hardness(PROB, PROB[:1], 0.5), "prob_s is"),
+    (lambda: loss_hardness(PROB, PROB[:1]), "prob_s is"),
+    (lambda: unsupervised_loss([PROB], [LABELS], GAMMA[:, None]), r"hardness is .* \(2, 1\), and .* \(2,\)$"),
+    (lambda: unsupervised_loss([PROB], [LABELS], GAMMA.mean()), r"hardness is .* \(\), and should be"),
+    (lambda: unsupervised_loss([PROB, PROB], [LABELS], GAMMA), "2 views .* 1 of pseudo-labels and 2 weights"),
+    (lambda: unsupervised_loss([PROB], [LABELS], GAMMA, (1, 0)), "1 views .* 1 of pseudo-labels and 2"),
+    (lambda: unsupervised_loss(PROB, LABELS, GAMMA), "is not .B, C, H, W."),
+    *((lambda piece=piece: piece(PROB[:, :1]), r"torch.cat\(\[1 - p, p\], 1\)") for piece in (
+        lambda p: confident_ratio(p, 0.5), lambda p: instance_hardness(p, p, 0.5),
+        lambda p: confidence_hardness(p, p, 0.5), lambda p: loss_hardness(p, p),
+        lambda p: pseudo_label(p, 0.5), lambda p: pixel_cross_entropy(p, LABELS)))])
+def test_what_would_be_silently_wrong_is_refused(call, message):
+    with pytest.raises(ValueError, match=message) as error:
+        call()
+    assert "\n" not in str(error.value)
+
+
+def test_255_classes_are_told_from_what_is_ignored():
+    prob = one_hot([[[0, 254]]], 255, 0.9)
+    assert pseudo_label(prob, 0.8).tolist() == [[[0, 254]]]
+
+
+def test_the_two_channels_that_the_message_makes_of_one():
+    # Of a sigmoid's logit 2, p = 0.88: class 1, with confidence p, and the binary cross-entropy.
+    z, labels = torch.full((1, 1, 1, 2), 2.0), torch.tensor([[[0, 1]]])
+    p, logits = z.sigmoid(), torch.cat([0 * z, z], 1)
+    assert pseudo_label(torch.cat([1 - p, p], 1), 0.85).tolist() == [[[1, 1]]]
+    assert logits.softmax(1).allclose(torch.cat([1 - p, p], 1))
+    binary = torch.nn.functional.binary_cross_entropy_with_logits(z[:, 0], labels.float())
+    assert pixel_cross_entropy(logits, labels).item() == pytest.approx(binary.item())

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import evaluate
 import train
@@ -58,7 +59,14 @@ class TinyNetwork(nn.Module):
         return logits
 
 
-def one_step(*flags, iteration=3, batch=4, **changes):
+class AuxiliaryNetwork(TinyNetwork):
+    """With auxiliary logits in training mode, three times the others."""
+    def forward(self, images):
+        logits = super().forward(images)
+        return (logits, 3 * logits) if self.training else logits
+
+
+def one_step(*flags, iteration=3, batch=4, network=None, wrap=lambda student: student, **changes):
     """Runs train_step on tiny networks. Returns everything that one may want to look at."""
     args = settings(*flags)
     g = torch.Generator().manual_seed(1)
@@ -68,12 +76,13 @@ def one_step(*flags, iteration=3, batch=4, **changes):
     batch = {"x": images(), "y": torch.randint(0, 6, (batch, 8, 8), generator=g, dtype=torch.uint8),
              "weak": images(), "strong": images(), "valid": valid, **changes}
     batch["y"][0, :2] = IGNORE
-    student, teacher = TinyNetwork(), TinyNetwork().eval().requires_grad_(False)
+    network = network or TinyNetwork
+    student, teacher = network(), network().eval().requires_grad_(False)
     with torch.no_grad():
         teacher.conv.weight.mul_(1.5)
     optimizer = torch.optim.SGD([{"params": student.parameters(), "initial_lr": 0.1}], lr=0.1)
     buffers = [b.clone() for b in teacher.buffers()]
-    scalars, gamma = train_step(student, teacher, optimizer, batch, iteration, args)
+    scalars, gamma = train_step(wrap(student), teacher, optimizer, batch, iteration, args)
     return dict(zip(METRICS, scalars.tolist())), gamma, student, teacher, batch, args, optimizer, buffers
 
 
@@ -271,6 +280,66 @@ def test_logits_are_let_go_before_the_backward_pass(monkeypatch):
                         lambda loss: (seen.append([ref() for ref in logits]), backward(loss)))
     one_step("--accumulate", "2")
     assert seen == [[None], [None, None]]
+
+
+def test_a_step_starts_without_the_gradients_of_the_step_before():
+    _, _, student, teacher, batch, args, optimizer, _ = one_step()
+    fresh, its_teacher = TinyNetwork(), TinyNetwork().eval().requires_grad_(False)
+    fresh.load_state_dict(student.state_dict())
+    its_teacher.load_state_dict(teacher.state_dict())
+    its_optimizer = torch.optim.SGD([{"params": fresh.parameters(), "initial_lr": 0.1}], lr=0.1)
+    train_step(student, teacher, optimizer, batch, 4, args)
+    train_step(fresh, its_teacher, its_optimizer, batch, 4, args)
+    assert all(a.equal(b) for a, b in zip(student.parameters(), fresh.parameters()))
+
+
+def test_the_auxiliary_loss_is_added_to_eq_3_with_weight_04():
+    values, _, student, _, batch, *_ = one_step("--supervised", "--aux", network=AuxiliaryNetwork)
+    H = lambda z: F.cross_entropy(z, batch["y"].long(), ignore_index=255, reduction="sum").item() / 256
+    logits = student.calls[0][1]
+    assert values["loss_x"] == pytest.approx(H(logits) + 0.4 * H(3 * logits), rel=1e-5)
+    # Unlabelled images have none: the labelled ones are the first of each batch.
+    values, _, student, _, batch, *_ = one_step("--aux", network=AuxiliaryNetwork)
+    logits = student.calls[1][1][:4]
+    assert values["loss_x"] == pytest.approx(H(logits) + 0.4 * H(3 * logits), rel=1e-5)
+
+
+def test_ranks_add_their_gradients_once_when_all_micro_batches_are_done(tmp_path):
+    # Real DDP, whose hook sees what the ranks would add: all of a step's gradient, of which it makes half.
+    def wrap(student):
+        ranked = DistributedDataParallel(student)
+        ranked.register_comm_hook(None, halve)
+        return ranked
+
+    def halve(_, bucket):
+        seen.append(bucket.buffer().clone())
+        done = torch.futures.Future()
+        done.set_result(bucket.buffer() / 2)
+        return done
+
+    seen = []
+    _, _, alone, *_ = one_step("--accumulate", "2")
+    whole = [p.grad.clone() for p in alone.parameters()]
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        _, _, student, *_ = one_step("--accumulate", "2", wrap=wrap)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert len(seen) == 1
+    for parameter, gradient in zip(student.parameters(), whole):
+        torch.testing.assert_close(parameter.grad, gradient / 2)
+
+
+@pytest.mark.parametrize("ranks, cuda, averaged", [(2, False, True), (2, True, False), (1, False, False)])
+def test_ranks_without_syncbatchnorm_average_their_buffers_before_the_teacher_takes_them(
+        monkeypatch, ranks, cuda, averaged):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(train, "world_size", lambda: ranks)
+    monkeypatch.setattr(train, "average_buffers", lambda network: network.norm.running_mean.fill_(7))
+    _, _, student, teacher, _, _, _, buffers = one_step(iteration=3)
+    assert (student.norm.running_mean == 7).all() == averaged
+    expected = 0.75 * buffers[0] + 0.25 * student.norm.running_mean
+    torch.testing.assert_close(teacher.norm.running_mean, expected)
 
 
 def test_the_teacher_is_averaged_and_no_forward_changes_its_batchnorm():
