@@ -28,7 +28,8 @@ class DeepLabV3Plus(nn.Module):
                     for a random start. A file is a state dict of torchvision's ResNet, for the
                     encoder, or of this network, for all of it (the last layer starts anew where the
                     number of classes differs), or a checkpoint that holds one of the two at any
-                    depth, preferably as "teacher".
+                    depth, preferably as "teacher". Dilation leaves no trace in weights, so give the
+                    output_stride and multi_grid that they were trained with.
     aux:            adds an FCN head on stage 3, used in training only (see forward).
     multi_grid:     dilates the blocks of stage 4 by 1, 2 and 4 times the stage's dilation (2 at stride
                     16, 4 at stride 8) instead of evenly, as the authors did.
@@ -73,8 +74,7 @@ class DeepLabV3Plus(nn.Module):
         self.aux = FCNHead(width // 2, num_classes) if aux else None
         if aux:
             del self.aux[-2]  # its dropout, likewise
-        self.note = "" if weights in (None, "none") else load_weights(
-            self, weights, backbone, channels, {"output_stride": output_stride, "multi_grid": multi_grid})
+        self.note = "" if weights in (None, "none") else load_weights(self, weights, backbone, channels)
 
     def forward(self, images) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """images (B, 3, H, W), any H and W, ImageNet-normalised -> logits (B, C, H, W), float32.
@@ -172,14 +172,12 @@ def read_weights(weights, backbone):
     return tree if isinstance(tree, dict) else {}
 
 
-def load_weights(network, weights, backbone, channels, dilation):
+def load_weights(network, weights, backbone, channels):
     """Load "imagenet" or a file (see DeepLabV3Plus) into a network of these options, in place.
 
-    Returns a line on what a file gave, "" for "imagenet". `dilation` holds the options that change no
-    tensor: weights trained with others fit, and are noted.
+    Returns a line on what a file gave, "" for "imagenet".
     """
-    tree = read_weights(weights, backbone)
-    tensors, needed = dict(flatten(tree)), dict(flatten(network.state_dict()))
+    tensors, needed = dict(flatten(read_weights(weights, backbone))), dict(flatten(network.state_dict()))
     # The ResNet lies at the top, or under "teacher", "state_dict.module.backbone" and the like.
     places = [name.removesuffix(FIRST) for name in tensors if f".{name}".endswith(f".{FIRST}")]
     place = max(places, key=lambda place: "teacher" in place, default="")
@@ -201,12 +199,6 @@ def load_weights(network, weights, backbone, channels, dilation):
                      f"{len(state['decoder.2.weight'])}")
     if "aux.0.weight" in fresh:
         notes.append("the auxiliary head starts anew")
-    settings = tree.get("settings")
-    if isinstance(settings, dict):
-        other = [f"{name} {settings[name]}" for name in dilation
-                 if settings.get(name, dilation[name]) != dilation[name]]
-        if other:
-            notes.append(f"it was trained with {' and '.join(other)}")
     return "; ".join(notes)
 
 

@@ -297,11 +297,11 @@ def test_the_auxiliary_loss_is_added_to_eq_3_with_weight_04():
     values, _, student, _, batch, *_ = one_step("--supervised", "--aux", network=AuxiliaryNetwork)
     H = lambda z: F.cross_entropy(z, batch["y"].long(), ignore_index=255, reduction="sum").item() / 256
     logits = student.calls[0][1]
-    assert values["loss_x"] == pytest.approx(H(logits) + 0.4 * H(3 * logits), rel=1e-5)
+    assert values["L_x"] == pytest.approx(H(logits) + 0.4 * H(3 * logits), rel=1e-5)
     # Unlabelled images have none: the labelled ones are the first of each batch.
     values, _, student, _, batch, *_ = one_step("--aux", network=AuxiliaryNetwork)
     logits = student.calls[1][1][:4]
-    assert values["loss_x"] == pytest.approx(H(logits) + 0.4 * H(3 * logits), rel=1e-5)
+    assert values["L_x"] == pytest.approx(H(logits) + 0.4 * H(3 * logits), rel=1e-5)
 
 
 def test_ranks_add_their_gradients_once_when_all_micro_batches_are_done(tmp_path):
