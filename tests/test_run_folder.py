@@ -854,3 +854,41 @@ def test_an_old_python_gets_one_line_from_every_command():
 def test_all_files_can_be_parsed_by_an_old_python_that_is_to_get_that_line():
     for path in HERE.glob("*.py"):
         ast.parse(path.read_text(), feature_version=(3, 9))
+
+
+def test_the_log_explains_its_columns_and_shows_iteration_1(tmp_path, small):
+    code, out, _ = run(*TINY, "--iters", 2, "--log-every", 2, "--out", tmp_path)
+    said = out.splitlines()
+    start = next(i for i, line in enumerate(said) if line.startswith("L_x and L_u: losses"))
+    headings, first, last = said[start + 2:start + 5]
+    assert code == 0 and said[start - 1].startswith("2 iterations on 1 x cpu")
+    assert said[start + 1].startswith("confident: share of pixels")
+    assert headings.split() == "iteration L_x L_u gamma confident CutMix fired lr images/s time left".split()
+    assert re.match(r" +1/2 +\d", first) and re.match(r" +2/2 +\d", last)
+    assert len(headings) == len(first) == len(last) < 100
+    record, *_ = lines(tmp_path)
+    assert record["iteration"] == 2 and record.keys() >= {"L_x", "L_u", "gamma", "confident", "cutmix_fired"}
+    _, out, _ = run(*TINY, "--iters", 1, "--supervised", "--out", tmp_path / "supervised")
+    said = out.splitlines()
+    start = next(i for i, line in enumerate(said) if line.startswith("L_x: loss on labelled images"))
+    assert said[start + 1].split() == "iteration L_x lr images/s time left".split()
+
+
+@pytest.mark.parametrize("tau, taught", [(0, True), (1, False)])
+def test_a_run_that_its_unlabelled_images_taught_nothing_says_so(tmp_path, small, tau, taught):
+    flags = [*TINY, "--tau", tau, "--iters", 6, "--out", tmp_path / "out"]
+    _, out, _ = run(*flags)
+    *_, said, remedy = out.splitlines()
+    assert said.startswith("The unlabelled images taught this run nothing: in its last third, 0.0%") != taught
+    if not taught:
+        assert remedy == "Lower --tau, now 1.0, and give another --out."
+        assert run(*flags, "--tau", 0.3, "--out", tmp_path / "other")[0] == 0
+    assert "taught" not in run(*flags, "--supervised", "--out", tmp_path / "supervised")[1]
+
+
+@pytest.mark.parametrize("val, noisy", [(2, True), (10, False)])
+def test_a_result_of_few_validation_images_is_called_noisy(tmp_path, small, val, noisy):
+    root = custom(tmp_path / "data", images=18, masks=14, val=val)
+    flags = ["--dataset", "custom", "--data-root", root, "--iters", 1, "--out", tmp_path / "out"]
+    _, out, _ = run(*TINY, *flags)
+    assert ("It is noisy: there are only 2 validation images.\n" in out) == noisy
