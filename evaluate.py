@@ -8,19 +8,19 @@
 import argparse
 import itertools
 import math
-import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
 from batches import loaded, normalize, picture_to_tensor
 from check import check_classes, check_files
 from data import IGNORE, InputError, open_data, read_list, reading, short_list
 from model import DeepLabV3Plus
-from ranks import join, leave, rank, say, sum_over_ranks, together, world_size
+from ranks import end, join, leave, progress, rank, say, sum_over_ranks, together, world_size
 
 WHOLE_IMAGE_PIXELS = 2048 * 1024  # a larger image goes through windows, so that memory is bounded
 
@@ -129,6 +129,11 @@ def window_starts(length, window):
     return [*range(0, length - window, math.ceil(window * 2 / 3)), max(length - window, 0)]
 
 
+def autocast(device, enabled):
+    """bf16 where `enabled`, float32 otherwise."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
 class ValidationImages(torch.utils.data.Dataset):
     """Item i: (image uint8 (3, H, W), its labels uint8 (H, W), id)."""
 
@@ -140,12 +145,14 @@ class ValidationImages(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         name = self.names[i]
-        return load_rgb(self.data, name), picture_to_tensor(self.data.mask(name)), name
+        image = decoded(self.data.image(name), self.data.images[name])
+        return image, picture_to_tensor(self.data.mask(name)), name
 
 
-def load_rgb(data, name):
-    with reading(data.images[name]):
-        return picture_to_tensor(data.image(name).convert("RGB"))
+def decoded(picture, path):
+    """The pixels of an open Pillow image, uint8 (3, H, W). Raises InputError, which names its file."""
+    with reading(path):
+        return picture_to_tensor(picture.convert("RGB"))
 
 
 def validation_images(data, workers, endless=False):
@@ -158,34 +165,39 @@ def validation_images(data, workers, endless=False):
 
 
 @torch.inference_mode()
-def evaluate(networks, data, device, window=None, max_side=None, amp=False, images=None, check=None):
+def evaluate(networks, data, device, window=None, max_side=None, amp=False, images=None, check=None,
+             look=None):
     """The confusion matrices (networks, C, C), int64, of this rank's part of data.val.
 
     Each rank takes every world-size-th image, so that each image counts once: sum_over_ranks adds
     the parts up. The networks are put into evaluation mode, and back.
     images:     what validation_images yields.
-    check:      called before each image. What it raises on any rank, or an image that cannot be read,
-                is raised on all ranks.
+    check:      called before each image.
+    look:       called with each image's id, the image, its labels, and the class map of each network.
+    What check or look raises on any rank, or an image that cannot be read, is raised on all ranks.
     """
     images = images or validation_images(data, workers=0)
-    networks, C = list(networks), len(data.classes)
+    networks, C, count = list(networks), len(data.classes), len(data.val)
     confusions = torch.zeros(len(networks), C, C, dtype=torch.int64, device=device)
 
-    def count(i):
+    def evaluate_image(i):
         if check:
             check()
-        if i >= len(data.val):  # other ranks have an image more
+        if i >= count:  # other ranks have an image more
             return
-        image, target, _ = next(images)
-        image, target = image.to(device), target.to(device)
-        for network, confusion in zip(networks, confusions):
-            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                prediction = predict(network.eval(), image, window, max_side)
-            confusion += confusion_matrix(prediction, target, C)
+        image, labels, name = next(images)
+        image, labels = image.to(device), labels.to(device)
+        with autocast(device, amp):
+            maps = [predict(network.eval(), image, window, max_side) for network in networks]
+        for confusion, prediction in zip(confusions, maps):
+            confusion += confusion_matrix(prediction, labels, C)
+        if look:
+            look(name, image, labels, maps)
 
     training = [network.training for network in networks]
-    for first in range(0, len(data.val), world_size()):
-        together(count, first + rank())
+    firsts = range(0, count, world_size())
+    for first in progress(firsts, "images evaluated", count, step=world_size()):
+        together(evaluate_image, first + rank())
     for network, mode in zip(networks, training):
         network.train(mode)
     return confusions
@@ -193,13 +205,15 @@ def evaluate(networks, data, device, window=None, max_side=None, amp=False, imag
 
 def iou_table(classes, confusions):
     """A text table of per-class IoU in percent, a column for each named confusion matrix."""
-    results = {name: mean_iou(confusion) for name, confusion in confusions.items()}
+    names = [name.rjust(max(10, len(name) + 2)) for name in confusions]
+    results = [mean_iou(confusion) for confusion in confusions.values()]
     width = max(map(len, (*classes, "mean IoU")))
-    lines = [" " * width + "".join(f"{name:>10}" for name in results)]
-    for c, label in enumerate(classes):
-        lines.append(label.ljust(width) + "".join(f"{100 * iou[c]:10.2f}" for _, iou in results.values()))
-    lines.append("mean IoU".ljust(width) + "".join(f"{100 * mean:10.2f}" for mean, _ in results.values()))
-    return "\n".join(lines)
+
+    def line(label, values):
+        return label.ljust(width) + "".join(f"{100 * v:{len(name)}.2f}" for v, name in zip(values, names))
+
+    rows = [line(label, [iou[c] for _, iou in results]) for c, label in enumerate(classes)]
+    return "\n".join([" " * width + "".join(names), *rows, line("mean IoU", [mean for mean, _ in results])])
 
 
 def load_checkpoint(path, remedy="a last.pth or best.pth of train.py"):
@@ -239,75 +253,134 @@ def colourize(labels, palette):
     return picture
 
 
-def panel(image, *maps, palette):
-    """A photograph (3, H, W), uint8, and class maps (H, W) side by side (Fig. 3b), as Pillow RGB.
+def to_pictures(image, maps, palette, side=512):
+    """A photograph (3, H, W), uint8, and class maps (H, W), as Pillow images of one size to look at: the
+    longer side is at most `side`, and tiny images are enlarged."""
+    height, width = image.shape[1:]
+    scale = min(side / max(height, width), max(1, 192 // max(height, width)))
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    smooth = Image.Resampling.BICUBIC if scale < 1 else Image.Resampling.NEAREST
+    photograph = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+    return [photograph.resize(size, smooth),
+            *(colourize(labels.cpu(), palette).resize(size, Image.Resampling.NEAREST) for labels in maps)]
 
-    Images of less than 128 pixels a side are enlarged, so that there is something to see.
-    """
-    parts = [Image.fromarray(image.permute(1, 2, 0).cpu().numpy())]
-    parts += [colourize(labels.cpu(), palette).convert("RGB") for labels in maps]
-    row = Image.new("RGB", (sum(p.width for p in parts) + 4 * (len(parts) - 1), parts[0].height), "white")
-    for i, part in enumerate(parts):
-        row.paste(part, (i * (part.width + 4), 0))
-    return ImageOps.scale(row, max(1, 128 // max(image.shape[1:])), Image.Resampling.NEAREST)
+
+def panel(rows, headings, classes, palette):
+    """A picture (Fig. 3b), Pillow RGB, with headings above its columns and a legend. Each of the rows is a
+    photograph (3, H, W), uint8, and class maps (H, W)."""
+    pictures, present = [], set()
+    for image, *maps in rows:
+        pictures.append(to_pictures(image, maps, palette))
+        present.update(*(labels.unique().tolist() for labels in maps))
+    columns = [stacked([caption(heading), *column]) for heading, column in zip(headings, zip(*pictures))]
+    legend = [caption("ignored", "white") if c == IGNORE else caption(class_caption(classes, c), palette[c])
+              for c in sorted(present)]
+    return with_legend(side_by_side(columns), legend)
+
+
+def with_legend(picture, legend):
+    """A Pillow image above the captions of its legend, as many in a line as fit."""
+    lines = [legend[:1]]
+    for entry in legend[1:]:
+        if sum(e.width for e in (*lines[-1], entry)) > picture.width:
+            lines.append([])
+        lines[-1].append(entry)
+    return stacked([picture, *(side_by_side(line, 0) for line in lines)])
+
+
+def class_caption(classes, c):
+    """The name of class c, or its id where Pillow's own font, which knows ASCII alone, cannot write it."""
+    return classes[c] if classes[c].isascii() else f"class {c}"
+
+
+def caption(text, colour=None):
+    """A line of text as a Pillow image, behind a square of a colour of the legend."""
+    font, left = ImageFont.load_default(14), 20 if colour else 0
+    picture = Image.new("RGB", (left + math.ceil(font.getlength(text)) + 16, 20), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.text((left, 1), text, "black", font)
+    if colour:
+        draw.rectangle((0, 3, 14, 17), colour, "black")
+    return picture
+
+
+def side_by_side(pictures, gap=4):
+    size = sum(p.width + gap for p in pictures) - gap, max(p.height for p in pictures)
+    whole, left = Image.new("RGB", size, "white"), 0
+    for picture in pictures:
+        whole.paste(picture, (left, 0))
+        left += picture.width + gap
+    return whole
+
+
+def stacked(pictures, gap=4):
+    size = max(p.width for p in pictures), sum(p.height + gap for p in pictures) - gap
+    whole, top = Image.new("RGB", size, "white"), 0
+    for picture in pictures:
+        whole.paste(picture, (0, top))
+        top += picture.height + gap
+    return whole
 
 
 @torch.inference_mode()
-def panels(networks, data, names, device, window=None, max_side=None, amp=False):
-    """Yields (id, panel): image | ground truth | the prediction of each network, for each id."""
-    for name in names:
-        image = load_rgb(data, name).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            maps = [predict(network.eval(), image, window, max_side) for network in networks]
-        truth = picture_to_tensor(data.mask(name))
-        yield name, panel(image, truth, *maps, palette=data.palette)
-
-
-def stack(pictures, path):
-    """Write Pillow images below one another into one file."""
-    sheet = Image.new("RGB", (max(p.width for p in pictures), sum(p.height + 4 for p in pictures) - 4),
-                      "white")
-    top = 0
-    for picture in pictures:
-        sheet.paste(picture, (0, top))
-        top += picture.height + 4
-    sheet.save(path)
+def predicted_rows(network, data, names, device, window=None, max_side=None, amp=False):
+    """Yields a row of a panel for each id: the image, its labels, and the network's class map."""
+    for image, labels, _ in (ValidationImages(data, names)[i] for i in range(len(names))):
+        image = image.to(device)
+        with autocast(device, amp):
+            prediction = predict(network, image, window, max_side)
+        yield image, labels, prediction
 
 
 def chosen_ids(args, data, state):
-    """(ids to evaluate, which they are): those of --list; of the run's own data its validation set, whatever
-    has got a mask since; of other data what is kept for validation there, or all that has a mask."""
-    lists, there = state.get("lists", {}), data.images.keys() & data.masks.keys()
+    """(ids to evaluate, which they are): those of --list; of the run's own data its validation set, even if
+    other images have got masks since; of other data its validation set, or all images with a mask."""
+    with_mask = data.images.keys() & data.masks.keys()
     if args.list:
         names = read_list(args.list, data.images)
-        unknown = [name for name in names if name not in there]
+        unknown = [name for name in names if name not in with_mask]
         if unknown:
             raise InputError(f"--list {args.list}: {len(unknown)} ids have no image with a mask under "
                              f"--data-root: {short_list(unknown)}; take them off the list, or give their "
                              f"--data-root")
         return names, f"of {args.list}"
-    if lists and (not args.data_root or there.issuperset(lists["labelled"] + lists["val"])):
-        return [name for name in lists["val"] if name in there], "of the run's validation set"
-    if data.notes and args.data_root:  # nobody has told which are for validation
+    lists = state.get("lists")
+    if lists and (not args.data_root or with_mask.issuperset(lists["labelled"] + lists["val"])):
+        return [name for name in lists["val"] if name in with_mask], "of the run's validation set"
+    if data.notes and args.data_root:  # its validation set would be a guess
         return sorted(data.val + data.labelled), f"with a mask in {data.root}"
     return data.val, f"of the validation set in {data.root}"
 
 
-def open_all(args, device):
-    """(networks, checkpoint, data) as the flags name them; the network to evaluate is the last."""
+def open_networks(args, device):
+    """(networks by name, checkpoint): the teacher or the student, and before it that of --beside."""
     network, state = load_model(args.checkpoint, args.student, device)
-    networks = [network]
-    if args.beside:
-        other, its_state = load_model(args.beside, args.student, device)
-        its, ours = ((s["classes"], s["settings"]["image_size"]) for s in (its_state, state))
-        if its != ours or not args.pictures:
-            raise InputError(f"--beside {args.beside}: goes with --pictures DIR, and with a checkpoint of "
-                             f"the same classes and --image-size")
-        networks = [other, network]
-    if args.data_root and state["settings"]["dataset"] == "shapes":
+    if not args.beside:
+        return {"student" if args.student else "teacher": network}, state
+    other, other_state = load_model(args.beside, args.student, device)
+    names = short_names(args.beside.resolve(), args.checkpoint.resolve())
+    fits = (other_state["classes"] == state["classes"]
+            and other_state["settings"]["image_size"] == state["settings"]["image_size"])
+    if not (fits and names and args.pictures):
+        raise InputError(f"--beside {args.beside}: goes with --pictures DIR, and with another checkpoint of "
+                         f"the same classes and --image-size")
+    return dict(zip(names, (other, network))), state
+
+
+def short_names(one, other):
+    """The names of the nearest folders that differ in two paths, or those of the files in one folder; None
+    for the same file."""
+    pairs = [*zip(one.parts[-2::-1], other.parts[-2::-1]), (one.name, other.name)]
+    return next((pair for pair in pairs if pair[0] != pair[1]), None)
+
+
+def open_images(args, state):
+    """The data set whose images `val` are to be evaluated. Raises InputError unless all of them can be."""
+    dataset = state["settings"]["dataset"]
+    if args.data_root and dataset == "shapes":
         raise InputError(f"--data-root {args.data_root}: {args.checkpoint} was trained on shapes, which are "
                          f"drawn; leave the flag out")
-    data = open_data(state["settings"]["dataset"], args.data_root or state["settings"]["data_root"])
+    data = open_data(dataset, args.data_root or state["settings"]["data_root"])
     if list(data.classes) != list(state["classes"]):
         raise InputError(f"{args.checkpoint}: trained on the classes {short_list(state['classes'])}, "
                          f"but --data-root holds {short_list(data.classes)}; give its own data")
@@ -323,10 +396,20 @@ def open_all(args, device):
         check_classes(data, "validation", data.val, 1, found)
     if found.problems:
         raise InputError(found.problems[0])
-    if args.pictures and data.root and data.root.resolve() in (args.pictures / "x").resolve().parents:
+    if args.pictures and data.root and args.pictures.resolve().is_relative_to(data.root.resolve()):
         raise InputError(f"--pictures {args.pictures}: lies in {data.root}, where panels could overwrite "
                          f"masks; give a folder elsewhere")
-    return networks, state, data
+    return data
+
+
+@contextmanager
+def results_into(folder, flag):
+    """Makes an InputError, which names the flag of the folder, of an OSError."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{flag} {folder}: cannot be written ({error.strerror}); give another {flag}") \
+            from None
 
 
 def main(argv=None):
@@ -341,36 +424,37 @@ def main(argv=None):
     parser.add_argument("--student", action="store_true",
         help="the student instead of the teacher")
     parser.add_argument("--pictures", type=Path, metavar="DIR",
-        help="write a panel of each image: image | truth | prediction")
+        help="write a panel of each image, ID.png: image | ground truth | prediction")
     parser.add_argument("--beside", type=Path, metavar="CHECKPOINT",
-        help="a second prediction in the panels, left of the first: a baseline's")
+        help="another checkpoint, such as a baseline's: its predictions and IoU stand left of the first's")
     parser.add_argument("--workers", type=int, default=0,
         help="loader processes")
     args = parser.parse_args(argv)
     try:
         device = join()
     except ValueError as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    try:
-        networks, state, data = together(open_all, args, device)
-        settings = state["settings"]
-        how = settings["window"], settings["image_size"], settings["amp"] and device.type == "cuda"
-        confusion, = sum_over_ranks(evaluate(networks[-1:], data, device, *how,
-                                             validation_images(data, args.workers)))
-        say(iou_table(data.classes, {"student" if args.student else "teacher": confusion}))
-        if args.pictures and rank() == 0:
+        end("evaluate.py", error)
+
+    def write_panel(name, image, labels, maps):
+        with results_into(args.pictures, "--pictures"):
             args.pictures.mkdir(parents=True, exist_ok=True)
-            for name, picture in panels(networks, data, data.val, device, *how):
-                picture.save(args.pictures / f"{name}.png")
-    except (InputError, OSError) as error:
-        if rank() == 0:
-            text = error if isinstance(error, InputError) else (
-                f"--pictures {args.pictures}: cannot be written ({error.strerror}); give another folder")
-            print(f"evaluate.py: {text}", file=sys.stderr)
-        sys.exit(2)
-    finally:
-        leave()
+            picture = panel([(image, labels, *maps)], headings, data.classes, data.palette)
+            picture.save(args.pictures / f"{name}.png")
+
+    try:
+        networks, state = together(open_networks, args, device)
+        data = together(open_images, args, state)
+        headings = ["image", "ground truth", *(networks if args.beside else ["prediction"])]
+        settings = state["settings"]
+        local = evaluate(networks.values(), data, device, settings["window"], settings["image_size"],
+                         settings["amp"] and device.type == "cuda", validation_images(data, args.workers),
+                         look=write_panel if args.pictures else None)
+    except InputError as error:
+        end("evaluate.py", error)
+    say(iou_table(data.classes, dict(zip(networks, sum_over_ranks(local)))))
+    if args.pictures:
+        say(f"{len(data.val)} panels: {args.pictures}/ID.png")
+    leave()
 
 
 if __name__ == "__main__":

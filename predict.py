@@ -6,33 +6,53 @@
 
 import argparse
 import csv
+import io
+import os
 import sys
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from batches import picture_to_tensor
-from data import HEIC_SUFFIXES, IMAGE_SUFFIXES, InputError, files_in, open_photograph, reading
-from evaluate import colourize, confidence_map, load_model, predict
+from data import HEIC_SUFFIXES, IMAGE_SUFFIXES, InputError, files_in, open_photograph
+from evaluate import (
+    autocast,
+    caption,
+    class_caption,
+    colourize,
+    confidence_map,
+    decoded,
+    load_model,
+    predict,
+    results_into,
+    to_pictures,
+    with_legend,
+)
 from hardness import ratio_of_maxima, weighted_iou
+from ranks import end, progress
+
+# What is written into --out; STEM.jpg is a photograph.
+RESULTS = {
+    "STEM.png": "the class id of each pixel, at the photograph's own size, in the colours of the classes",
+    "STEM_overlay.png": "the photograph tinted by class, with a legend; at most 1,024 pixels a side",
+    "areas.csv": "a row per photograph, a column per class: the share of its pixels, 0 to 1"}
+RANKING = {"hardness.csv": "gamma and the confident ratios (Eq. 5-7), the hardest first; 1 = hardest"}
+GAMMA = "gamma (1 = hardest)"
 
 
-def overlay(image, labels, classes, palette):
-    """A photograph (3, H, W), uint8, under its class map (H, W), with a legend of the classes in it."""
-    photograph = Image.fromarray(image.permute(1, 2, 0).numpy())
-    picture = Image.blend(photograph, colourize(labels, palette).convert("RGB"), 0.5)
-    size = max(12, picture.width // 40)
-    present = labels.unique().tolist()
-    canvas = Image.new("RGB", (picture.width, picture.height + size * 3 // 2 * len(present)), "white")
-    canvas.paste(picture, (0, 0))
-    draw = ImageDraw.Draw(canvas)
-    for i, c in enumerate(present):
-        y = picture.height + size * 3 // 2 * i + size // 4
-        draw.rectangle((size // 2, y, size * 2, y + size), fill=tuple(palette[c]), outline="black")
-        draw.text((size * 5 // 2, y), f"{classes[c]} {(labels == c).float().mean():.0%}", fill="black",
-                  font=ImageFont.load_default(size))
-    return canvas
+def overlay(image, labels, areas, classes, palette):
+    """A photograph (3, H, W), uint8, tinted by its class map, with a legend: the share of each class.
+
+    Class 0 has no tint where it is what lies behind the objects: by its name, or as it is black.
+    """
+    photograph, tints = to_pictures(image, [labels], palette, side=1024)
+    picture = Image.blend(photograph, tints.convert("RGB"), 0.5)
+    colours = [tuple(colour) for colour in palette]
+    if classes[0].strip("_").lower() == "background" or colours[0] == (0, 0, 0):
+        picture.paste(photograph, mask=tints.point(lambda c: 255 * (c == 0), "L"))
+        colours[0] = "white"
+    return with_legend(picture, [caption(f"{class_caption(classes, c)} {area:.1%}", colours[c])
+                                 for c, area in enumerate(areas) if area])
 
 
 def photograph_hardness(student, teacher, image, state):
@@ -65,8 +85,8 @@ def find_photographs(paths):
 
 @torch.inference_mode()
 def predict_files(model, state, paths, folder, device, pair=None):
-    """Write STEM.png, the class map, and STEM_overlay.png for each photograph in files and folders;
-    with the `pair` (student, teacher), hardness.csv too, the hardest first.
+    """Write the RESULTS of the photographs in files and folders; with the `pair` (student, teacher), the
+    RANKING too.
 
     A photograph that cannot be read, or whose results would overwrite anything but its earlier results,
     is named on stderr and skipped. Returns how many were. OSError: `folder` cannot be written.
@@ -76,59 +96,83 @@ def predict_files(model, state, paths, folder, device, pair=None):
         raise InputError(f"--out {folder}: the folder of a run, whose hardness.csv would be lost; give "
                          f"another --out")
     folder.mkdir(parents=True, exist_ok=True)
+    classes, palette = state["classes"], state["palette"]
     sources, written = {file.resolve() for file in photographs}, {}
-    hardness, skipped = [], 0
-    for done, file in enumerate(photographs, 1):
+    areas, hardness = [], []
+    for file in progress(photographs, "photographs"):
         mask, picture = folder / f"{file.stem}.png", folder / f"{file.stem}_overlay.png"
-        targets = {mask.resolve(), picture.resolve()}
         try:
-            if targets & sources:
-                raise InputError(f"{file}: its result would overwrite a photograph; give another --out")
-            if mask.exists() and not picture.exists():  # so it is no earlier result
-                raise InputError(f"{file}: its result would overwrite {mask}; give another --out")
-            for target in targets & written.keys():
-                raise InputError(f"{file}: its result would overwrite that of {written[target]}; predict it "
-                                 f"by itself, with another --out")
-            with reading(file):
-                image = picture_to_tensor(open_photograph(file).convert("RGB"))
+            demand_free([mask, picture], file, sources, written)
+            image = decoded(open_photograph(file), file)
         except InputError as error:
             print(f"predict.py: {error}", file=sys.stderr)
-            skipped += 1
-        else:
-            with torch.autocast(device.type, torch.bfloat16,
-                                enabled=settings["amp"] and device.type == "cuda"):
-                labels = predict(model, image.to(device), settings["window"], settings["image_size"]).cpu()
-                if pair:
-                    hardness.append((*photograph_hardness(*pair, image.to(device), state), str(file)))
-            overlay(image, labels, state["classes"], state["palette"]).save(picture)  # first: see above
-            colourize(labels, state["palette"]).save(mask)
-            written |= dict.fromkeys(targets, file)
-        if done % 20 == 0 or done == len(photographs):
-            print(f"{done}/{len(photographs)} photographs, {skipped} skipped", flush=True)
+            continue
+        with autocast(device, settings["amp"] and device.type == "cuda"):
+            labels = predict(model, image.to(device), settings["window"], settings["image_size"]).cpu()
+            if pair:
+                hardness.append((str(file), *photograph_hardness(*pair, image.to(device), state)))
+        shares = (labels.flatten().bincount(minlength=len(classes)) / labels.numel()).tolist()
+        areas.append((str(file), *shares))
+        overlay(image, labels, shares, classes, palette).save(picture)  # first: see demand_free
+        colourize(labels, palette).save(mask)
+        written |= {mask.resolve(): file, picture.resolve(): file}
+    write_table(folder / "areas.csv", ("file", *classes), areas)
+    skipped = len(photographs) - len(areas)
+    print(f"{len(areas)} photographs predicted, {skipped} skipped; written to {folder}:")
+    print(list_results(RESULTS | RANKING if pair else RESULTS))
     if pair:
-        ranked = sorted(hardness, key=lambda row: (-row[0], row[-1]))
-        write_hardness(ranked, folder / "hardness.csv", state.get("lists", {}))
+        hardness.sort(key=lambda row: (-row[1], row[0]))
+        write_table(folder / "hardness.csv", ("file", GAMMA, "rho_student", "rho_teacher"), hardness)
+        print_hardest(hardness, state.get("lists", {}))
     return skipped
 
 
-def write_hardness(ranked, path, lists):
-    """Write (gamma, rho_s, rho_t, file) records as CSV, and name the first ten that are to be labelled next:
-    those whose stems are not on the run's `lists` of images with masks."""
-    # Names that are not UTF-8 are written as the bytes that they are.
-    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        table = csv.writer(file)
-        table.writerow(("file", "gamma", "rho_student", "rho_teacher"))
-        table.writerows((name, *(f"{value:.4f}" for value in values)) for *values, name in ranked)
+def demand_free(targets, file, sources, written):
+    """Raise InputError if writing the targets, mask and overlay, would overwrite anything but earlier
+    results of the photograph `file`."""
+    mask, picture = targets
+    for target in (t.resolve() for t in targets):
+        if target in sources:
+            raise InputError(f"{file}: its result would overwrite a photograph; give another --out")
+        if target in written:
+            raise InputError(f"{file}: its result would overwrite that of {written[target]}; predict it by "
+                             f"itself, with another --out")
+    if mask.exists() and not picture.exists():  # a mask that is no earlier result
+        raise InputError(f"{file}: its result would overwrite {mask}; give another --out")
+
+
+def list_results(results):
+    return "\n".join(f"  {name:18}{text}" for name, text in results.items())
+
+
+def write_table(path, header, rows):
+    """Write rows (file, values from 0 to 1) as CSV, whole or not at all. Names that are not UTF-8 are written
+    as the bytes that they are."""
+    text = io.StringIO()
+    table = csv.writer(text)
+    table.writerow(header)
+    table.writerows((name, *(f"{value:.6f}" for value in values)) for name, *values in rows)
+    temporary = Path(f"{path}.tmp")
+    temporary.write_bytes(text.getvalue().encode(errors="surrogateescape"))
+    os.replace(temporary, path)
+
+
+def print_hardest(ranked, lists):
+    """Name the first ten that are to be labelled next: those that have no mask in the run's `lists`."""
     masked = {*lists.get("labelled", ()), *lists.get("val", ())}
-    new = [row for row in ranked if Path(row[-1]).stem not in masked]
-    print(f"\nThe hardest of the {len(new)} without a mask in training, to label next (all: {path})\ngamma")
-    for gamma, *_, name in new[:10]:
+    new = [row for row in ranked if Path(row[0]).stem not in masked]
+    print(f"\nThe hardest of the {len(new)} without a mask in training, to label next:\n{GAMMA}")
+    for name, gamma, *_ in new[:10]:
         print(f" {gamma:.2f}  {name}".encode(errors="backslashreplace").decode())
 
 
 def main(argv=None):
     """Exit code 2 for input that cannot be used, 1 if photographs were skipped."""
-    parser = argparse.ArgumentParser(description="Segment photographs with a checkpoint of train.py.")
+    parser = argparse.ArgumentParser(
+        description="Segment photographs with a checkpoint of train.py.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="written to --out, for a photograph STEM.jpg:\n"
+               f"{list_results(RESULTS)}\nand with --hardness:\n{list_results(RANKING)}")
     parser.add_argument("checkpoint", type=Path,
         help="last.pth or best.pth in a run's folder")
     parser.add_argument("paths", type=Path, nargs="+", metavar="PATH",
@@ -138,8 +182,8 @@ def main(argv=None):
     parser.add_argument("--student", action="store_true",
         help="the student instead of the teacher")
     parser.add_argument("--hardness", action="store_true",
-        help="rank the photographs by how far student and teacher are from a confident agreement "
-             "(Eq. 7): hardness.csv, the hardest first, to label next")
+        help="rank the photographs by their hardness (Eq. 7), to label the hardest next: those where student "
+             "and teacher are far from a confident agreement")
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -148,12 +192,10 @@ def main(argv=None):
         if args.hardness:
             other, _ = load_model(args.checkpoint, not args.student, device)
             pair = (model, other) if args.student else (other, model)
-        skipped = predict_files(model, state, args.paths, args.out, device, pair)
-    except (InputError, OSError) as error:
-        text = error if isinstance(error, InputError) else (
-            f"--out {args.out}: cannot be written ({error.strerror}); give another --out")
-        print(f"predict.py: {text}", file=sys.stderr)
-        sys.exit(2)
+        with results_into(args.out, "--out"):
+            skipped = predict_files(model, state, args.paths, args.out, device, pair)
+    except InputError as error:
+        end("predict.py", error)
     sys.exit(1 if skipped else 0)
 
 

@@ -4,6 +4,7 @@ Works alone: torch is all it needs. Shapes: a global batch of B images is b = B 
 """
 
 import os
+import sys
 import time
 from contextlib import suppress
 from datetime import timedelta
@@ -66,6 +67,16 @@ def say(text):
     if rank() == 0:
         with suppress(OSError):
             print(text, flush=True)
+
+
+def end(script, error, code=2):
+    """End a command on all ranks with one line on stderr. (Where a rank has ended, torchrun ends the others,
+    so they wait until it is said.)"""
+    if rank() == 0:
+        print(f"{script}: {error}", file=sys.stderr, flush=True)
+    together(tuple)
+    leave()
+    sys.exit(code)
 
 
 def progress(items, what, total=None, step=1):

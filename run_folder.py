@@ -28,7 +28,15 @@ import torch.distributed as dist
 
 from batches import training_batches
 from data import InputError, short_list
-from evaluate import evaluate, iou_table, load_checkpoint, mean_iou, panels, stack, validation_images
+from evaluate import (
+    evaluate,
+    iou_table,
+    load_checkpoint,
+    mean_iou,
+    panel,
+    predicted_rows,
+    validation_images,
+)
 from ranks import own, rank, say, sum_over_ranks, together, world_size
 
 try:
@@ -222,8 +230,11 @@ class Run:
                                "give a lower --lr and another --out, or look at these images")
         self.rows = torch.cat([self.rows, rows])
         if gammas[0] is not None:
-            text = io.StringIO()
-            csv.writer(text, lineterminator="\n").writerows(
+            text, path = io.StringIO(), self.folder / "hardness.csv"
+            table = csv.writer(text, lineterminator="\n")
+            if not path.exists() or path.stat().st_size == 0:
+                table.writerow(("iteration", "id", "gamma (1 = hardest)"))
+            table.writerows(
                 (iteration, name, f"{value:.4f}")
                 for iteration, gamma in zip(iterations, torch.stack(gammas).tolist())
                 for name, value in zip(self.draws.ids(iteration)[1], gamma))
@@ -346,12 +357,12 @@ class Run:
                 f"teacher's best on val was {self.best['miou']:.2%}, after {self.best['iteration']}.\n")
         if len(self.data.val) < 10:
             text += f"It is noisy: there are only {len(self.data.val)} validation images.\n"
-        pictures = [picture for _, picture in panels(
-            [self.teacher], self.data, self.data.val[:8], self.device, self.args.window,
-            self.args.image_size, self.args.amp)]
+        rows = predicted_rows(self.teacher, self.data, self.data.val[:8], self.device, self.args.window,
+                              self.args.image_size, self.args.amp)
+        picture = panel(rows, ("image", "ground truth", "prediction"), self.data.classes, self.data.palette)
         with writing(self.folder):
             write_whole(self.folder / "result.txt", text.encode())
-            stack(pictures, self.folder / "predictions.png")
+            picture.save(self.folder / "predictions.png")
 
     def report(self):
         """Say the result, once the run is finished, how to use it, and whether L_u taught it anything."""

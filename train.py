@@ -40,6 +40,7 @@ from augment import blend_intensity, box_masks, cutmix, hard_easy_pairs, random_
 from batches import CUTMIX, TrainingDraws, generator, normalize
 from check import check_data
 from data import IGNORE, InputError, open_data, split_ids
+from evaluate import autocast
 from hardness import (
     confidence_hardness,
     instance_hardness,
@@ -216,10 +217,6 @@ def ohem_loss(logits, labels, args):
     bound = loss.topk(min(100_000 // args.accumulate, len(loss))).values[-1]
     hard = (labels != IGNORE).flatten() & (loss >= bound.clamp(max=-math.log(0.7)))
     return (loss * hard).sum() / hard.sum().clamp(min=1)
-
-
-def autocast(device, enabled):
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 def train(args, device):

@@ -1,7 +1,9 @@
 """Mean IoU, sliding windows, pictures."""
 
+import itertools
 import multiprocessing
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 from PIL import Image
 
 import evaluate
+import ranks
 from batches import normalize, picture_to_tensor
 from data import InputError, SegmentationData, Shapes, open_data
 from evaluate import (
@@ -207,14 +210,73 @@ def test_every_image_counts_once_on_any_number_of_ranks(tmp_path, monkeypatch, w
     assert sum(parts).equal(whole)
 
 
-def test_colourize_and_panel():
+def test_evaluation_says_how_far_it_is(tmp_path, monkeypatch, capsys):
+    ticks = itertools.count(0, 3)  # seconds, at each look at the clock
+    monkeypatch.setattr(ranks.time, "monotonic", lambda: next(ticks))
+    evaluate.evaluate([Truth()], tiny_data(tmp_path), torch.device("cpu"))
+    # The clock is looked at before the first image, at 0 s, and then before each: after the first at 6 s.
+    assert capsys.readouterr().out == ("1 of 5 images evaluated, 0:00:24 left\n"
+                                       "3 of 5 images evaluated, 0:00:08 left\n")
+
+
+def test_colourize_keeps_the_ids_and_makes_255_white():
     labels = torch.tensor([[0, 1], [2, 255]], dtype=torch.uint8)
     picture = colourize(labels, [(1, 2, 3), (4, 5, 6), (7, 8, 9)])
     assert np.array(picture).tolist() == labels.tolist()  # still an index image
     assert np.array(picture.convert("RGB"))[1].tolist() == [[7, 8, 9], [255, 255, 255]]
-    row = panel(torch.zeros(3, 2, 2, dtype=torch.uint8), labels, labels, palette=[(9, 9, 9)] * 3)
-    assert row.size == (64 * (2 * 3 + 4 * 2), 64 * 2)  # enlarged from 14 x 2
-    assert row.getpixel((64 * 6, 63)) == (9, 9, 9) and row.getpixel((64 * 5, 0)) == (255, 255, 255)
+
+
+COLOURS = [(0, 0, 0), (255, 0, 0), (0, 255, 0)]
+
+
+def test_a_panel_shows_its_maps_between_headings_and_a_legend():
+    image = torch.full((3, 40, 60), 90, dtype=torch.uint8)
+    truth, prediction = torch.zeros(40, 60, dtype=torch.uint8), torch.full((40, 60), 2, dtype=torch.uint8)
+    truth[:, 30:] = 255
+    picture = panel([(image, truth, prediction)] * 2, ["image", "ground truth", "prediction"],
+                    ["behind", "never", "object"], COLOURS)
+    # Each is enlarged 3 times, to 180 x 120; gaps of 4; headings and the legend are lines of 20.
+    assert picture.size == (3 * 180 + 2 * 4, 20 + 4 + 120 + 120 + 4 + 20 + 4)
+    for top in (24, 24 + 124):
+        for left, colour in ((0, (90, 90, 90)), (184, (0, 0, 0)), (184 + 90, (255, 255, 255)),
+                             (368, (0, 255, 0))):
+            box = np.array(picture.crop((left, top, left + 90, top + 120)))
+            assert (box == colour).all()
+    headings, legend = np.array(picture)[:20], np.array(picture)[-20:]
+    for left in (0, 184, 368):
+        assert headings[:, left:left + 60].min() == 0 and (headings[:, left + 120:left + 180] == 255).all()
+    squares = [tuple(legend[10, left]) for left in legend_squares(legend)]
+    assert squares == [(0, 0, 0), (0, 255, 0), (255, 255, 255)]  # "never" does not occur, 255 does
+
+
+def legend_squares(legend):
+    """Where the insides of the framed squares of a legend begin: black above and below, 15 pixels wide."""
+    frame = (legend[3] == 0).all(1) & (legend[17] == 0).all(1)
+    return [x + 1 for x in range(len(frame) - 14) if frame[x:x + 15].all() and not frame[x - 1:x].any()]
+
+
+@pytest.mark.parametrize("height, width", [(3000, 4000), (4000, 30)])
+def test_no_side_of_a_photograph_in_a_panel_is_longer_than_512(height, width):
+    image, labels = torch.zeros(3, height, width, dtype=torch.uint8), torch.ones(height, width)
+    picture = panel([(image, labels.byte())], ["image", "ground truth"], ["a", "b", "c"], COLOURS)
+    assert picture.width <= 2 * 512 + 4 and picture.height <= 512 + 2 * 24
+    assert max(picture.size) > 512  # but not much smaller
+    assert (np.array(picture) == COLOURS[1]).all(2).sum() >= min(512 * 384, 4 * 512)
+
+
+def test_a_long_legend_goes_on_in_the_next_line_and_other_letters_become_ids():
+    classes = ["stra\u00dfe", *(f"a rather long name {c}" for c in range(1, 12))]
+    labels = torch.arange(12, dtype=torch.uint8).view(3, 4)
+    picture = panel([(torch.zeros(3, 3, 4, dtype=torch.uint8), labels)], ["image", "ground truth"], classes,
+                    [(10 * c, 0, 90) for c in range(12)])
+    entries = [evaluate.caption(text, "red").width for text in ("class 0", *classes[1:])]
+    assert picture.width == 2 * 192 + 4 and max(entries) + entries[1] < picture.width < sum(entries[:3])
+    bottom = np.array(picture)[24 + 144:]
+    assert len(bottom) == 6 * 24  # two of the twelve in each line
+    found = [bottom[4 + 24 * line:24 * (line + 1)] for line in range(6)]
+    colours = [tuple(line[10, x]) for line in found for x in legend_squares(line)]
+    assert colours == [(10 * c, 0, 90) for c in range(12)]
+    assert (found[0][:, :entries[0]] == np.array(evaluate.caption("class 0", (0, 0, 90)))).all()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -228,28 +290,29 @@ def test_a_truncated_validation_image_is_named(tmp_path, workers):
     assert "\n" not in str(error.value) and not multiprocessing.active_children()
 
 
-@pytest.mark.parametrize("ranks", [None, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_list_of_other_images_is_evaluated(tmp_path, capsys, monkeypatch, ranks):
+@pytest.mark.parametrize("processes", [None, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_list_of_other_images_is_evaluated(tmp_path, capsys, monkeypatch, processes):
     # Six masked images, of which im4 and im5 are for validation; im8 is a test image of its own.
     root, path = custom(tmp_path / "data"), checkpoint(tmp_path / "best.pth", ["sky", "road"],
                                                        dataset="custom", data_root=str(tmp_path / "data"))
-    save(root / "SegmentationClass" / "im8.png", np.zeros((12, 16)))
-    (tmp_path / "test.txt").write_text("# a comment\nJPEGImages/im8.jpg SegmentationClass/im8.png\n")
+    for name in ("im8", "im9"):
+        save(root / "SegmentationClass" / f"{name}.png", np.zeros((12, 16)))
+    (tmp_path / "test.txt").write_text("# a comment\nJPEGImages/im8.jpg SegmentationClass/im8.png\nim9\n")
     arguments = [path, "--list", tmp_path / "test.txt", "--pictures", tmp_path / "pictures"]
-    if ranks:
-        result = launch(*arguments, ranks=ranks, script="evaluate.py")
+    if processes:
+        result = launch(*arguments, ranks=processes, script="evaluate.py")
         assert result.returncode == 0, result.stderr
         table = result.stdout
     else:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         evaluate.main([str(argument) for argument in arguments])
         table = capsys.readouterr().out
-    assert [file.name for file in (tmp_path / "pictures").iterdir()] == ["im8.png"]
-    # The mask is all sky: its IoU is the share of sky in the prediction.
+    assert {file.name for file in (tmp_path / "pictures").iterdir()} == {"im8.png", "im9.png"}
+    # The masks are all sky: its IoU is the share of sky in the predictions.
     network, _ = load_model(path)
-    image = picture_to_tensor(Image.open(root / "JPEGImages/im8.jpg"))
+    images = [picture_to_tensor(Image.open(root / f"JPEGImages/{name}.jpg")) for name in ("im8", "im9")]
     with torch.inference_mode():
-        sky = (predict(network, image) == 0).float().mean().item()
+        sky = torch.stack([predict(network, image) == 0 for image in images]).float().mean().item()
     assert re.search(r"sky +(\S+)", table)[1] == f"{100 * sky:.2f}"
 
 
@@ -346,8 +409,8 @@ def test_a_baseline_that_sees_images_at_another_size_is_refused(tmp_path, capsys
                 for size in (24, 16))
     with pytest.raises(SystemExit):
         evaluate.main([str(one), "--beside", str(two), "--pictures", str(tmp_path)])
-    assert "16.pth: goes with --pictures DIR, and with a checkpoint of the same classes and --image-size" in (
-        capsys.readouterr().err)
+    assert ("16.pth: goes with --pictures DIR, and with another checkpoint of the same classes and "
+            "--image-size") in capsys.readouterr().err
 
 
 def test_pictures_that_cannot_be_written_name_the_flag(tmp_path, capsys):
@@ -356,7 +419,9 @@ def test_pictures_that_cannot_be_written_name_the_flag(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit) as end:
         evaluate.main([str(path), "--pictures", str(tmp_path / "file")])
-    assert end.value.code == 2 and "--pictures" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and len(error.splitlines()) == 1
+    assert f"--pictures {tmp_path}/file: cannot be written (File exists); give another --pictures" in error
 
 
 def checkpoint(path, classes=("dark", "bright"), **settings):
@@ -386,6 +451,55 @@ def test_checkpoints_that_are_none(tmp_path):
 
 def test_panels_of_the_embedded_data_set_show_its_truth():
     data = Shapes()
-    (name, picture), = evaluate.panels([], data, ["val_000"], torch.device("cpu"))
-    truth = np.array(colourize(np.array(data.mask("val_000")), data.palette).convert("RGB"))
-    assert (np.array(picture)[::4, 144:272:4] == truth).all()  # behind the photograph and a gap, times 4
+    truth = data.mask("val_000")
+    names, colours = ["val_000"], colourize(np.array(truth), data.palette).convert("RGB")
+    row, = evaluate.predicted_rows(Classes(), data, names, torch.device("cpu"))
+    assert row[1].equal(picture_to_tensor(truth)) and row[2].shape == (32, 32)
+    picture = panel([row], ["image", "ground truth", "prediction"], data.classes, data.palette)
+    assert (np.array(picture)[24:24 + 192:6, 196:196 + 192:6] == np.array(colours)).all()  # 6 times as large
+
+
+class Classes(torch.nn.Module):
+    """Class 0 everywhere."""
+    def forward(self, images):
+        return torch.stack([torch.ones_like(images[:, 0])] + [torch.zeros_like(images[:, 0])] * 4, 1)
+
+
+def test_each_image_is_predicted_once_for_its_panel_and_the_table(tmp_path, capsys, monkeypatch):
+    calls = []
+    monkeypatch.setattr(evaluate, "predict", lambda *a: (calls.append(a[0]), predict(*a))[1])
+    root = custom(tmp_path / "data")
+    settings = {"dataset": "custom", "data_root": str(root)}
+    for run in ("plain", "hagseg"):
+        (tmp_path / run).mkdir()
+        checkpoint(tmp_path / run / "last.pth", ["sky", "road"], **settings)
+    ours, theirs = (str(tmp_path / run / "last.pth") for run in ("hagseg", "plain"))
+    evaluate.main([ours, "--pictures", str(tmp_path / "panels")])
+    assert len(calls) == 2  # im4 and im5
+    said = capsys.readouterr().out
+    assert f"2 panels: {tmp_path}/panels/ID.png\n" in said
+    one = Image.open(tmp_path / "panels" / "im4.png").size
+
+    evaluate.main([ours, "--beside", theirs, "--pictures", str(tmp_path / "panels")])
+    assert len(calls) == 2 + 4
+    header, *rows = capsys.readouterr().out.splitlines()[1:-1]
+    assert header.split() == ["plain", "hagseg"]  # the other one left of ours
+    assert [row.split()[-1] for row in rows] == [row.split()[-1] for row in said.splitlines()[2:-1]]
+    assert Image.open(tmp_path / "panels" / "im4.png").width == one[0] + one[0] // 3 + 2
+
+
+@pytest.mark.parametrize("one, other, names", [
+    ("/runs/supervised/last.pth", "/runs/hagseg/last.pth", ("supervised", "hagseg")),
+    ("/a/run/last.pth", "/b/run/last.pth", ("a", "b")),
+    ("/a/best.pth", "/a/last.pth", ("best.pth", "last.pth")),
+    ("/run/last.pth", "/a/run/last.pth", ("/", "a")), ("/a/last.pth", "/a/last.pth", None)])
+def test_checkpoints_beside_each_other_have_names_that_differ(one, other, names):
+    assert evaluate.short_names(Path(one), Path(other)) == names
+
+
+def test_a_table_of_long_names_lines_up():
+    table = evaluate.iou_table(["a", "b"], {"x": torch.eye(2), "a-name-of-twenty-two-c": torch.eye(2)})
+    assert table.splitlines() == ["                 x  a-name-of-twenty-two-c",
+                                  "a           100.00                  100.00",
+                                  "b           100.00                  100.00",
+                                  "mean IoU    100.00                  100.00"]

@@ -201,7 +201,7 @@ def test_labels_are_chosen_by_the_hardness_of_predict(tmp_path):
     lists = {name: (base / f"{name}.txt").read_text().splitlines()
              for name in ("labelled", "unlabelled", "hardest", "random", "easiest")}
     with open(base / "predictions" / "hardness.csv", newline="") as file:
-        gamma = {Path(row["file"]).stem: float(row["gamma"]) for row in csv.DictReader(file)}
+        gamma = {Path(row["file"]).stem: float(row["gamma (1 = hardest)"]) for row in csv.DictReader(file)}
     assert set(gamma) == set(lists["unlabelled"])
     added = {which: set(lists[which]) - set(lists["labelled"]) for which in ("hardest", "random", "easiest")}
     assert all(len(names) == 16 and set(lists["labelled"]) <= set(lists[which])

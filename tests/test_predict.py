@@ -1,6 +1,7 @@
 """Prediction of any photographs."""
 
 import csv
+import itertools
 import re
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import torch
 from PIL import Image
 
 import predict
+import ranks
 from batches import normalize
 from hardness import instance_hardness
-from predict import photograph_hardness, predict_files
+from predict import overlay, photograph_hardness, predict_files
 from test_evaluate import STATE, Brightness, Corner, add_lists, checkpoint
 
 
@@ -29,13 +31,77 @@ def test_predict_files_writes_maps_at_the_photographs_own_upright_size(tmp_path,
     (inputs / "new.HEIC").write_bytes(b"\0\0\0\x24ftypheic" + bytes(300))
     assert predict_files(Brightness(), STATE, [inputs], out, torch.device("cpu")) == 2
     captured = capsys.readouterr()
-    assert "broken.jpg" in captured.err and "4/4 photographs, 2 skipped" in captured.out
+    assert "broken.jpg" in captured.err
+    assert f"2 photographs predicted, 2 skipped; written to {out}:\n  STEM.png " in captured.out
     assert "new.HEIC: cannot be read (HEIC or AVIF); convert it to JPEG" in captured.err
     for name in ("phone", "plain"):
         labels = Image.open(out / f"{name}.png")
         assert labels.mode == "P" and labels.size == (20, 30)
         assert np.array(labels)[:14].max() == 0 and np.array(labels)[17:].min() == 1
-        assert Image.open(out / f"{name}_overlay.png").height > 30  # the legend is below
+        overlaid = np.array(Image.open(out / f"{name}_overlay.png"))
+        assert overlaid.shape == (6 * 30 + 2 * 24, 6 * 20, 3)  # a legend of two lines is below
+        # Class 0 is black, and so has no tint; class 1 is red.
+        assert overlaid[6 * 5, 60].max() < 15
+        assert abs(overlaid[6 * 25, 60] - np.array([255.0, 127, 127])).max() < 15
+    assert {file.name for file in out.iterdir()} == {
+        "phone.png", "phone_overlay.png", "plain.png", "plain_overlay.png", "areas.csv"}
+    for name in ("STEM.png", "STEM_overlay.png", "areas.csv"):
+        assert f"\n  {name} " in captured.out
+    assert "hardness.csv" not in captured.out
+
+
+def test_areas_are_the_shares_of_the_classes(tmp_path):
+    for name, white in (("a, b", 0), ("half", 6), ("quarter", 3)):
+        image = Image.new("RGB", (12, 10))
+        image.paste("white", (0, 0, white, 10))
+        image.save(tmp_path / f"{name}.png")
+    (tmp_path / "broken.png").write_bytes(b"x")
+    predict_files(Brightness(), STATE, [tmp_path], tmp_path / "out", torch.device("cpu"))
+    with open(tmp_path / "out" / "areas.csv", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["file", "dark", "bright"]
+    assert rows == [[str(tmp_path / "a, b.png"), "1.000000", "0.000000"],
+                    [str(tmp_path / "half.png"), "0.500000", "0.500000"],
+                    [str(tmp_path / "quarter.png"), "0.750000", "0.250000"]]
+
+
+@pytest.mark.parametrize("name, colour, tinted", [
+    ("background", (9, 9, 200), False), ("_background_", (9, 9, 200), False), ("sky", (0, 0, 0), False),
+    ("sky", (9, 9, 200), True)])
+def test_what_lies_behind_the_objects_has_no_tint(name, colour, tinted):
+    image = torch.full((3, 300, 400), 101, dtype=torch.uint8)
+    labels = torch.zeros(300, 400, dtype=torch.uint8)
+    labels[:, 200:] = 1
+    picture = np.array(overlay(image, labels, [0.5, 0.5], [name, "dog"], [colour, (255, 0, 0)]))
+    assert picture.shape == (300 + 24, 400, 3)
+    assert (picture[:300, 200:] == [178, 50, 50]).all()
+    assert (picture[:300, :200] == ([55, 55, 150] if tinted else [101] * 3)).all()
+    assert picture[-10, 1].tolist() == (list(colour) if tinted else [255] * 3)  # the legend's square
+
+
+def test_a_large_photograph_has_a_mask_of_its_size_and_a_picture_to_look_at(tmp_path):
+    Image.new("RGB", (2600, 1300), "white").save(tmp_path / "large.png")
+    predict_files(Brightness(), STATE, [tmp_path / "large.png"], tmp_path / "out", torch.device("cpu"))
+    assert Image.open(tmp_path / "out" / "large.png").size == (2600, 1300)
+    assert Image.open(tmp_path / "out" / "large_overlay.png").size == (1024, 512 + 24)
+
+
+def test_the_prediction_of_photographs_says_how_far_it_is(tmp_path, monkeypatch, capsys):
+    ticks = itertools.count(0, 3)  # seconds, at each look at the clock
+    monkeypatch.setattr(ranks.time, "monotonic", lambda: next(ticks))
+    for i in range(3):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
+    predict_files(Brightness(), STATE, [tmp_path], tmp_path / "out", torch.device("cpu"))
+    assert capsys.readouterr().out.startswith("1 of 3 photographs, 0:00:12 left\n3 photographs predicted, 0 ")
+
+
+def test_the_help_names_the_files_that_are_written(capsys):
+    with pytest.raises(SystemExit):
+        predict.main(["--help"])
+    said = capsys.readouterr().out
+    for name in ("STEM.png", "STEM_overlay.png", "areas.csv", "hardness.csv"):
+        assert f"\n  {name} " in said
+    assert max(map(len, said.splitlines())) <= 110
 
 
 def orientation(value):
@@ -76,7 +142,7 @@ def test_hidden_files_and_folders_are_left_out_and_no_file_is_taken_twice(tmp_pa
     Image.new("RGB", (8, 8)).save(tmp_path / "x.JPG")
     paths = [tmp_path, tmp_path / "x.JPG"]
     assert predict_files(Brightness(), STATE, paths, tmp_path / "out", torch.device("cpu")) == 0
-    assert "1/1 photographs, 0 skipped" in capsys.readouterr().out
+    assert "1 photographs predicted, 0 skipped" in capsys.readouterr().out
 
 
 def test_photographs_in_subfolders_are_found_as_training_finds_them(tmp_path, capsys):
@@ -85,7 +151,7 @@ def test_photographs_in_subfolders_are_found_as_training_finds_them(tmp_path, ca
         Image.new("RGB", (8, 8)).save(tmp_path / "in" / name)
     assert predict_files(Brightness(), STATE, [tmp_path / "in"], tmp_path / "out", torch.device("cpu")) == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "x.png", "x_overlay.png", "y.png", "y_overlay.png"}
+        "x.png", "x_overlay.png", "y.png", "y_overlay.png", "areas.csv"}
 
 
 @pytest.mark.parametrize("paths, out, message", [
@@ -151,12 +217,15 @@ def test_the_hardest_photographs_are_named_and_names_with_commas_survive(tmp_pat
     with open(tmp_path / "out" / "hardness.csv", newline="", errors="surrogateescape") as file:
         rows = list(csv.DictReader(file))
     assert {row["file"] for row in rows} == {str(tmp_path / "in" / name) for name in names}
-    gammas = [float(row["gamma"]) for row in rows]
+    gammas = [float(row["gamma (1 = hardest)"]) for row in rows]
     assert gammas == sorted(gammas, reverse=True) and 0 <= gammas[-1] < gammas[0] <= 1
-    assert rows[0].keys() == {"file", "gamma", "rho_student", "rho_teacher"}
+    assert rows[0].keys() == {"file", "gamma (1 = hardest)", "rho_student", "rho_teacher"}
     said = capsys.readouterr().out
     assert len(re.findall(r"^ [01]\.\d\d  ", said, re.MULTILINE)) == 10
-    assert "The hardest of the 11 without a mask in training, to label next" in said
+    assert "The hardest of the 11 without a mask in training, to label next:\ngamma (1 = hardest)\n " in said
+    assert "\n  hardness.csv " in said and not list((tmp_path / "out").glob("*.tmp"))
+    with open(tmp_path / "out" / "areas.csv", newline="", errors="surrogateescape") as file:
+        assert {row["file"] for row in csv.DictReader(file)} == {row["file"] for row in rows}
     for path in [row["file"] for row in rows if Path(row["file"]).stem not in masked][:10]:
         assert path.encode(errors="backslashreplace").decode() in said
     assert all((tmp_path / "out" / name).exists() for name in names)  # the masks as usual

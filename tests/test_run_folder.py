@@ -55,7 +55,8 @@ def test_the_command_trains_validates_and_leaves_its_results(finished):
     assert set(METRICS) <= records[0].keys() and {"miou_teacher", "miou_student"} <= records[-1].keys()
     assert "background" in result.stdout and "The result is the last iteration's" in result.stdout
     assert all(len(line) <= 100 for line in result.stdout.splitlines() if str(out) not in line)
-    hardness = [line.split(",") for line in (out / "hardness.csv").read_text().splitlines()]
+    header, *hardness = [line.split(",") for line in (out / "hardness.csv").read_text().splitlines()]
+    assert header == ["iteration", "id", "gamma (1 = hardest)"]
     assert len(hardness) == 6 * 4 and all(0 <= float(gamma) <= 1 for *_, gamma in hardness)
     labelled = (out / "labelled.txt").read_text().split()
     unlabelled = (out / "unlabelled.txt").read_text().split()
@@ -515,7 +516,7 @@ def test_a_photograph_that_can_only_be_removed_does_not_cost_the_run(tmp_path, s
             "drawn from the 11 that are left") in said
     assert "1 val images are gone (im7): from iteration 6 on, mIoU is that of the 1 that are left" in said
     assert lines(out)[-1]["iteration"] == 16  # as long a run as before
-    drawn = [row.split(",")[:2] for row in (out / "hardness.csv").read_text().splitlines()]
+    drawn = [row.split(",")[:2] for row in (out / "hardness.csv").read_text().splitlines()[1:]]
     kept = {f"im{i}" for i in (8, *range(14, 24))}
     assert {name for iteration, name in drawn if int(iteration) >= 6} == kept
     assert set((out / "unlabelled.txt").read_text().split()) == kept
@@ -558,6 +559,26 @@ def test_the_figures_of_a_run_are_drawn_from_its_own_data(tmp_path, small):
     subprocess.run([sys.executable, HERE / "tools" / "figures.py", out, "--out", tmp_path], check=True)
     assert Image.open(tmp_path / "gamma.png").size == (640, 320)
     assert Image.open(tmp_path / "extremes.png").width == 4 * 134
+
+
+def test_a_hardness_log_without_a_header_as_runs_had_it_is_resumed(whole, small, tmp_path):
+    out, header = tmp_path / "out", "iteration,id,gamma (1 = hardest)\n"
+    run_until(3, *EIGHT, "--out", out)
+    text = (out / "hardness.csv").read_text()
+    assert text.startswith(header)
+    (out / "hardness.csv").write_text(text.removeprefix(header) + "4,what the checkpoint does not know,0\n")
+    state = torch.load(out / "last.pth", weights_only=True)
+    state["log_sizes"]["hardness.csv"] -= len(header)
+    torch.save(state, out / "last.pth")
+    assert run(*EIGHT, "--out", out)[0] == 0
+    after = (whole / "hardness.csv").read_text()
+    assert (out / "hardness.csv").read_text() == after.removeprefix(header)
+
+    compare = [sys.executable, HERE / "tools" / "compare.py", whole, out]
+    assert subprocess.run(compare).returncode == 0  # the header is no difference
+    (out / "hardness.csv").write_text(after[:-2] + "x\n")
+    result = subprocess.run(compare, capture_output=True, text=True)
+    assert result.returncode == 1 and result.stdout.splitlines() == ["differs: hardness.csv"]
 
 
 def test_best_pth_in_place_of_last_pth_gets_a_line_of_its_own(whole, small, tmp_path):
@@ -787,14 +808,14 @@ def test_memory_that_runs_out_gets_one_line(tmp_path, small, monkeypatch, error)
 
 
 def test_the_search_for_fast_convolutions_waits_until_the_panels_are_drawn(tmp_path, small, monkeypatch):
-    seen, drawn, step = [], run_module.panels, train.train_step
+    seen, drawn, step = [], run_module.panel, train.train_step
 
     def benchmarking_step(*args):
         torch.backends.cudnn.benchmark = True  # as on a GPU
         return step(*args)
 
     monkeypatch.setattr(train, "train_step", benchmarking_step)
-    monkeypatch.setattr(run_module, "panels",
+    monkeypatch.setattr(run_module, "panel",
                         lambda *a: (seen.append(torch.backends.cudnn.benchmark), drawn(*a))[1])
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     assert run(*TINY, "--iters", 1, "--out", tmp_path / "out")[0] == 0

@@ -497,7 +497,7 @@ def test_nothing_depends_on_ranks_workers_or_accumulation(tmp_path):
         for result in pool.map(run, runs):
             assert result.returncode == 0, result.stderr
     table = lambda name: [line.rsplit(",", 1) for line in
-                          (tmp_path / name / "hardness.csv").read_text().splitlines()]
+                          (tmp_path / name / "hardness.csv").read_text().splitlines()[1:]]
     for name in ("two", "four", "workers", "parts"):
         assert [place for place, _ in table(name)] == [place for place, _ in table("one")]
         np.testing.assert_allclose([float(gamma) for _, gamma in table(name)],

@@ -32,7 +32,8 @@ def contents(run):
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     found |= flat([{k: v for k, v in r.items() if k != "images_per_second"} for r in records], "metrics")
     hardness = run / "hardness.csv"
-    return found | {"hardness.csv": hardness.read_text() if hardness.exists() else None}
+    rows = hardness.read_text().splitlines() if hardness.exists() else []
+    return found | {"hardness.csv": [row for row in rows if not row.startswith("iteration,")]}  # its header
 
 
 def main():

@@ -139,7 +139,8 @@ def pseudo_label_accuracy(out):
     settings = checkpoint["settings"]
     data = open_data(settings["dataset"], settings["data_root"])
     with open(out / "hardness.csv", newline="") as file:
-        gamma = {name: float(value) for _, name, value in csv.reader(file)}
+        gamma = {name: float(value) for iteration, name, value in csv.reader(file)
+                 if iteration != "iteration"}  # the header
     counts = []  # right and all pseudo-labels of an image, from the easiest to the hardest
     for name in sorted(gamma, key=gamma.get):
         image = data.image(name)

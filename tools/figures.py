@@ -72,7 +72,8 @@ def main():
     traces = defaultdict(list)
     with open(args.run / "hardness.csv", newline="") as file:
         for iteration, name, gamma in csv.reader(file):
-            traces[name].append((int(iteration), float(gamma)))
+            if iteration != "iteration":  # the header
+                traces[name].append((int(iteration), float(gamma)))
     mean = {name: sum(g for _, g in trace) / len(trace) for name, trace in traces.items()}
     easy, hard = min(mean, key=mean.get), max(mean, key=mean.get)
     args.out.mkdir(parents=True, exist_ok=True)
