@@ -1,7 +1,7 @@
 """What a training step costs beside the bare network passes in it, and what feeding it costs.
 
     python tools/bench.py                                     the table, on whatever device is there
-    python tools/bench.py --only step memory --batch-size 2 --repeats 60
+    python tools/bench.py --only step --batch-size 2 --repeats 60
 
 What is compared is timed in turn in one process, so that whatever else the machine does falls on both.
 Numbers are medians, with their quartiles; a ratio is that of the pairs. The last line is `step/network R`.
@@ -12,10 +12,8 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -23,35 +21,61 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, default_collate
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.transforms import functional as TF
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import augment
 import batches
 import data
 import train
 from evaluate import evaluate
-from hardness import count_pairs, instance_hardness, top_class
+from hardness import count_pairs, top_class
 from model import DeepLabV3Plus
+from settings import parse_arguments, step_memory
+
+# The functions that make up a step, and what the table calls each. Time in a function that another one
+# calls is not counted in the other: what loss_terms does beside the losses is the student's forward.
+PARTS = {
+    (train, "assess"): "passes without gradient",
+    (train, "phi"): "hardness",
+    (train, "pseudo_label"): "pseudo-labels",
+    (train, "strong_views"): "strong views",
+    (train, "loss_terms"): "student forward",
+    (train, "supervised_loss"): "losses",
+    (train, "unsupervised_loss"): "losses",
+    (torch.Tensor, "backward"): "backward",
+    (torch.optim.SGD, "step"): "optimizer",
+    (train, "update_teacher"): "teacher",
+}
 
 
 class Clock:
-    """Times named parts, the device's work included: `with clock("backward"): ...`, as record_function."""
+    """Times named parts, the device's work included: `with clock("backward"): ...`. The time of a part
+    within another part is counted once, for the inner one."""
 
     def __init__(self, device):
         self.synchronize = torch.get_device_module(device).synchronize
-        self.seconds = defaultdict(list)  # part -> what it took, every time
+        self.seconds = defaultdict(float)  # part -> what it took
+        self.part, self.since = None, time.perf_counter()
 
     @contextmanager
     def __call__(self, part):
-        self.synchronize()
-        start = time.perf_counter()
+        outer = self.switch(part)
         yield
+        self.switch(outer)
+
+    def switch(self, part):
         self.synchronize()
-        self.seconds[part].append(time.perf_counter() - start)
+        now, outer = time.perf_counter(), self.part
+        self.seconds[outer] += now - self.since
+        self.part, self.since = part, now
+        return outer
+
+    def lap(self):
+        """{part: seconds} since the last call."""
+        seconds = {part: taken for part, taken in self.seconds.items() if part}
+        self.seconds.clear()
+        return seconds
 
 
 def row(name, values, unit, note=""):
@@ -62,17 +86,18 @@ def row(name, values, unit, note=""):
     print(f"{name:26}{middle:10.{digits}f} {unit:8} {spread:20}{note}".rstrip(), flush=True)
 
 
-def compare(settings, ratio, timed, items=None):
-    """Time functions in turn, but for a first call of each. Prints a row for each (name, function, note)
-    of the two, and the second's time over the first's as `ratio`. Returns the seconds, (2, repeats)."""
-    clock = Clock(settings.device)
+def compare(settings, ratio, *timed):
+    """Time two functions in turn, but for a first call of each. Prints a row for each (name, function,
+    note), and the second's time over the first's as `ratio`. Returns the seconds, (2, repeats)."""
+    clock, laps = Clock(settings.device), []
     for _ in range(1 + settings.repeats):
-        for name, function, *_ in timed:
+        for name, function, _ in timed:
             with clock(name):
                 function()
-    seconds = np.array([clock.seconds[name][1:] for name, *_ in timed])
-    for (name, _, *note), values in zip(timed, seconds, strict=True):
-        row(name, items / values if items else values * 1e3, "/s" if items else "ms", *note)
+        laps.append([*clock.lap().values()])
+    seconds = np.array(laps[1:]).T
+    for (name, _, note), values in zip(timed, seconds):
+        row(name, values * 1e3, "ms", note)
     row(f"  {ratio}", seconds[1] / seconds[0], "times")
     return seconds
 
@@ -87,98 +112,85 @@ def build(settings):
     return student, teacher, optimizer
 
 
-def training_step(settings, batch):
-    """A function that takes one step: the copy to the device, then train.train_step."""
-    student, teacher, optimizer = build(settings)
-
-    def step(batch=batch):
-        with train.record_function("copy to device"):
-            batch = {name: tensor.to(settings.device, non_blocking=True) for name, tensor in batch.items()}
-        train.train_step(student, teacher, optimizer, batch, 1, settings)
-    return step
+def on_device(settings, batch):
+    return {name: tensor.to(settings.device, non_blocking=True) for name, tensor in batch.items()}
 
 
 def bare_passes(settings, batch):
     """A function that makes the passes that Algorithm 1 cannot do without, and nothing else: both networks
     on B_u without gradient; the student forward and backward on B_x and two views of B_u; SGD."""
     student, teacher, optimizer = build(settings)
-    images = torch.cat([batch[name] for name in ("x", "weak", "strong")]).to(settings.device)
-    images, weak = batches.normalize(images), batches.normalize(batch["weak"].to(settings.device))
+    batch = on_device(settings, batch)
+    weak = batches.normalize(batch["weak"]).chunk(settings.accumulate)
+    images = batches.normalize(torch.cat([batch[name] for name in ("x", "weak", "strong")]))
     gradient = torch.randn_like(images[:, :1]).expand(-1, settings.classes, -1, -1) / images.numel()
+    parts = [*zip(images.chunk(settings.accumulate), gradient.chunk(settings.accumulate))]
 
-    def floor():
-        with torch.no_grad(), torch.autocast(settings.device.type, torch.bfloat16, enabled=settings.amp):
+    def passes():
+        with torch.no_grad(), train.autocast(settings.device, settings.amp):
             student.eval()
-            student(weak)
-            teacher(weak)
+            for some in weak:
+                student(some)
+                teacher(some)
             student.train()
         optimizer.zero_grad()
-        with torch.autocast(settings.device.type, torch.bfloat16, enabled=settings.amp):
-            logits = student(images)
-        logits.backward(gradient)
+        for some, its_gradient in parts:
+            with train.autocast(settings.device, settings.amp):
+                logits = student(some)
+            logits.backward(its_gradient)
         optimizer.step()
-    return floor
+    return passes
 
 
-def plain_training(settings, batch):
-    """A function that trains the same network with cross-entropy on B_x + 2 B_u labelled images."""
-    student, _, optimizer = build(settings)
-    images = torch.cat([batch[name] for name in ("x", "weak", "strong")]).to(settings.device)
-    labels = batch["y"].repeat(3, 1, 1).to(settings.device)
-
-    def step():
-        optimizer.zero_grad()
-        for x, y in zip(images.chunk(settings.accumulate), labels.chunk(settings.accumulate), strict=True):
-            with torch.autocast(settings.device.type, torch.bfloat16, enabled=settings.amp):
-                logits = student(batches.normalize(x))
-            F.cross_entropy(logits, y.long(), ignore_index=data.IGNORE).backward()
-        optimizer.step()
-    return step
-
-
-def first_batch(draws):
-    return next(batches.training_batches(draws, range(draws.batch_size), 0, 1, workers=0))
+def resident(which):
+    """MiB of this process, as Linux says in /proc: VmRSS is what it has now, VmHWM the most it had."""
+    return int(Path("/proc/self/status").read_text().partition(f"{which}:")[2].split()[0]) / 1024
 
 
 def bench_step(settings, draws):
-    """The parts of a step, then the whole and the floor in turn. Returns step / network."""
-    clock, count, batch = Clock(settings.device), settings.repeats + 2, first_batch(draws)
+    """The parts of a step and its peak memory, then the whole and the bare passes in turn. Returns
+    step / network."""
+    clock, laps, count = Clock(settings.device), [], settings.repeats + 2
     loader = batches.training_batches(draws, range(draws.batch_size), 0, count, settings.workers,
                                       settings.cuda)
-    step = training_step(settings, batch)
-    with mock.patch.object(train, "record_function", clock):
-        for _ in range(count):
+    batch = next(batches.training_batches(draws, range(draws.batch_size), 0, 1, workers=0))
+    before = 0 if settings.cuda else resident("VmRSS")
+    networks = build(settings)
+    with ExitStack() as patches:
+        for (place, name), part in PARTS.items():
+            patches.enter_context(mock.patch.object(place, name, clock(part)(getattr(place, name))))
+        for n in range(count):
+            clock.lap()
             with clock("load wait"):
                 loaded = next(loader)
-            with clock("whole"):
-                step(loaded)
-    first = clock.seconds["whole"][0]
-    parts = {name: np.reshape(seconds, (count, -1)).sum(1)[2:] for name, seconds in clock.seconds.items()}
-    whole = parts.pop("whole")
-    parts["the rest"] = whole + parts["load wait"] - sum(parts.values())
-    for name, seconds in parts.items():
-        row(f"  {name}", seconds * 1e3, "ms", f"{np.median(seconds / whole):6.1%} of a step")
-    floor_s, step_s = compare(settings, "step / network", (
-        ("network (the floor)", bare_passes(settings, batch), "its passes alone"),
-        ("step", step, "from the copy to the device on")))
+            with clock("copy to device"):
+                loaded = on_device(settings, loaded)
+            with clock("the rest"):
+                train.train_step(*networks, loaded, 1, settings)
+            laps.append(clock.lap())
+            if settings.cuda and n == 0:  # when cuDNN tries its algorithms
+                torch.cuda.reset_peak_memory_stats()
+    peak = torch.cuda.max_memory_allocated() / 2 ** 20 if settings.cuda else resident("VmHWM") - before
+
+    parts = {name: np.array([lap[name] for lap in laps]) for name in laps[0]}
+    wait = parts.pop("load wait")
+    whole = sum(parts.values())
+    for name, seconds in {"load wait": wait, **parts}.items():
+        row(f"  {name}", seconds[2:] * 1e3, "ms", f"{np.median((seconds / whole)[2:]):6.1%} of a step")
+    row("first step", whole[0], "s", "with compiling" if settings.compile else "")
+    passes_s, step_s = compare(
+        settings, "step / network",
+        ("network", bare_passes(settings, batch), "its passes alone"),
+        ("step", lambda: train.train_step(*networks, on_device(settings, batch), 1, settings),
+         "from the copy to the device on"))
+    settings.step_seconds = np.median(step_s)
     row("images", 2 * settings.batch_size / step_s, "/s", "labelled and unlabelled together")
-    if settings.compile:
-        row("first step", first, "s", "with compiling")
-    return np.median(step_s / floor_s)
-
-
-def bench_doubling(settings, draws):
-    """Step and floor as the batch doubles."""
-    largest = first_batch(replace(draws, batch_size=16))
-    for size in (2, 4, 8, 16):
-        torch.compiler.reset()
-        batch = {name: tensor[:size] for name, tensor in largest.items()}
-        compare(settings, "step / network", ((f"network at {size} + {size}", bare_passes(settings, batch)),
-                                             (f"step at {size} + {size}", training_step(settings, batch))))
+    row("peak memory of a step", peak, "MiB", f"{step_memory(settings) * 1024:.0f} by settings.step_memory")
+    return np.median(step_s / passes_s)
 
 
 def bench_flops(settings, draws):
-    """The floating-point operations of the floor's passes, counted on tensors without content."""
+    """The floating-point operations of the bare passes, counted on tensors without content."""
     s = settings
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         network = DeepLabV3Plus(s.classes, s.backbone, s.output_stride, s.channels)
@@ -188,122 +200,46 @@ def bench_flops(settings, draws):
     row("network, counted", flops / 1e12, "TFLOP", "of a step, whatever the device")
 
 
-def peak_memory(make, settings, draws):
-    """MiB at the peak of three calls of what `make` makes, its weights and gradients included; on a CPU
-    what the process, which must be a fresh one, has grown by, as Linux says in /proc."""
-    def resident(which):
-        return int(Path("/proc/self/status").read_text().partition(f"{which}:")[2].split()[0]) / 1024
-
-    batch = first_batch(draws)
-    before = 0 if settings.cuda else resident("VmRSS")
-    function = make(settings, batch)
-    for call in range(3):
-        function()
-        if settings.cuda and call == 0:  # when cuDNN tries its algorithms
-            torch.cuda.reset_peak_memory_stats()
-    return torch.cuda.max_memory_allocated() / 2 ** 20 if settings.cuda else resident("VmHWM") - before
-
-
-def bench_memory(settings, draws):
-    """The peak of a step, beside that of plain training, each in a process of its own."""
-    if settings.cuda:
-        torch.cuda.empty_cache()  # what the sections before have left is free for the other processes
-    spawn, peaks = torch.multiprocessing.get_context("spawn"), []
-    for make in (training_step, plain_training):
-        with ProcessPoolExecutor(1, spawn) as process:
-            peaks.append(process.submit(peak_memory, make, settings, draws).result())
-    row("peak memory of a step", peaks[0], "MiB", "weights and gradients included")
-    row("  of plain training", peaks[1], "MiB", "cross-entropy, B_x + 2 B_u images")
-    row("  step / plain training", peaks[0] / peaks[1], "times")
-
-
-class UsualDraws(batches.TrainingDraws):
-    """Items as loaders usually make them, from the same draws: the whole image decoded and resized,
-    then cropped and padded; two operations on the padded crop; normalised floats."""
-
-    def weak(self, name, mask, rng):
-        image, size = self.data.image(name).convert("RGB"), self.crop_size
-        factor = rng.uniform(*self.scale)
-        width, height = scaled = [max(1, round(side * factor)) for side in image.size]
-        left, top = (int(rng.integers(0, side - min(side, size) + 1)) for side in scaled)
-        flip = rng.random() < 0.5
-
-        def crop(picture, resample, fill):
-            picture = picture.resize(scaled, resample)
-            picture = picture.crop((left, top, min(left + size, width), min(top + size, height)))
-            return augment.pad(ImageOps.mirror(picture) if flip else picture, size, fill)
-
-        return (crop(image, Image.Resampling.BILINEAR, batches.PAD_COLOUR),
-                mask and crop(mask, Image.Resampling.NEAREST, data.IGNORE))
-
-    def to_tensor(self, picture, fill):
-        return (torch.from_numpy(np.array(picture, dtype=np.int64)) if picture.mode == "L" else
-                TF.normalize(TF.to_tensor(picture), batches.MEAN, batches.STD))
-
-
 def bench_loader(settings, draws):
-    """Items/s that reach training from one worker process, beside the usual way of making them."""
-    ours = replace(draws, batch_size=16, crop_size=settings.loader_crop)
-    keys, note = [divmod(n, 16) for n in range(48)], f"one worker process, crop {settings.loader_crop}"
-
-    def loader(make, collate):
-        return partial(list, DataLoader(
-            keys, 16, collate_fn=lambda keys: collate([make(*key) for key in keys]), num_workers=1,
-            persistent_workers=True, multiprocessing_context="fork"))
-
-    for kind in ("labelled", "unlabelled"):
-        make, make_usual = (getattr(some, f"{kind}_item") for some in (ours, UsualDraws(**vars(ours))))
-        compare(settings, "loader / usual way", items=len(keys), timed=(
-            (f"loader, {kind}", loader(make, batches.stack_items), note),
-            ("  the usual way", loader(make_usual, default_collate), "whole resize, crop, pad, floats")))
+    """Pairs of a labelled and an unlabelled image that one loader process makes a second, and how many
+    such processes a step keeps busy."""
+    loader = batches.training_batches(draws, range(draws.batch_size), 0, settings.repeats + 3, workers=1)
+    times = [time.perf_counter() for _ in loader]
+    pairs = draws.batch_size / np.diff(times)[2:]  # not those that were made while it started
+    row("loader, one worker", pairs, "pairs/s", f"crop {draws.crop_size}, JPEGs of 500 x 375 by default")
+    if hasattr(settings, "step_seconds"):
+        needed = settings.batch_size / settings.step_seconds / np.median(pairs)
+        row("  workers that a step needs", needed, "")
 
 
-def hardness_by_loops(prob_t, prob_s, tau, valid):
-    """Eq. 5-7 in NumPy, an image and a class at a time."""
-    gamma = np.ones(len(prob_t))
-    for i, (p_t, p_s, v) in enumerate(zip(prob_t, prob_s, valid, strict=True)):
-        z_t, z_s = p_t.argmax(0), p_s.argmax(0)
-        for p, z1, z2 in ((p_s, z_s, z_t), (p_t, z_t, z_s)):
-            rho, wiou = (p.max(0) >= tau)[v].mean(), 0
-            for c in range(len(p)):
-                one, two = (z1 == c) & v, (z2 == c) & v
-                wiou += one.sum() / v.sum() * (one & two).sum() / max((one | two).sum(), 1)
-            gamma[i] -= rho / 2 * wiou
-    return gamma
-
-
-def bench_hardness(settings, draws):
-    """Eq. 5-7 beside NumPy; their two kernels beside max(1), and on maps of one class alone, where
-    count_pairs sends all its atomics to one address."""
-    prob_t, prob_s = (torch.randn(4, 21, 129, 129).mul(2).softmax(1) for _ in "ts")
-    arrays = prob_t.numpy(), prob_s.numpy(), 0.5, np.ones((4, 129, 129), bool)
-    inputs = [torch.as_tensor(array, device=settings.device) for array in arrays]
-    compare(settings, "NumPy / hardness", (
-        ("hardness, 4 of 21x129x129", lambda: instance_hardness(*inputs), "Eq. 5-7"),
-        ("  NumPy", lambda: hardness_by_loops(*arrays), "an image and a class at a time")))
+def bench_kernels(settings, draws):
+    """Hardness's two kernels: top_class beside max(1); count_pairs on maps of one class beside many, for
+    one class sends all its atomics to one address."""
     prob = torch.rand(settings.batch_size, 21, *2 * [settings.crop_size], device=settings.device)
     many = prob.argmax(1)
     one = torch.zeros_like(many)
-    compare(settings, "max(1) / top_class", (
-        ("top_class", lambda: top_class(prob), "x".join(map(str, prob.shape))),
-        ("  max(1)", lambda: prob.max(1))))
-    compare(settings, "one / many", (
-        ("count_pairs, many classes", lambda: count_pairs(many, many, 21)),
-        ("  one class", lambda: count_pairs(one, one, 21))))
+    compare(settings, "max(1) / top_class",
+            ("top_class", lambda: top_class(prob), "x".join(map(str, prob.shape))),
+            ("max(1)", lambda: prob.max(1), ""))
+    compare(settings, "one / many",
+            ("count_pairs, many classes", lambda: count_pairs(many, many, 21), ""),
+            ("count_pairs, one class", lambda: count_pairs(one, one, 21), ""))
 
 
 def bench_evaluation(settings, draws):
     """Images/s of evaluate.evaluate, loading included, and the share of time around the network."""
-    some, clock = replace(draws.data, val=draws.data.val[:3]), Clock(settings.device)
+    some, clock, laps = replace(draws.data, val=draws.data.val[:3]), Clock(settings.device), []
     _, teacher, _ = build(settings)
     teacher.forward = clock("network")(teacher.forward)
     for _ in range(1 + settings.repeats):
-        clock("evaluation")(evaluate)([teacher], some, settings.device, settings.window, amp=settings.amp)
-    seconds = np.array(clock.seconds["evaluation"])
-    network = np.reshape(clock.seconds["network"], (len(seconds), -1)).sum(1)
+        with clock("around"):
+            evaluate([teacher], some, settings.device, settings.window, amp=settings.amp)
+        lap = clock.lap()
+        laps.append((lap["network"], lap["around"]))
+    network, around = np.array(laps[1:]).T
     size = "x".join(map(str, some.image(some.val[0]).size))
-    row("evaluation", len(some.val) / seconds[1:], "/s", f"images of {size}, and loading")
-    row("  around the network", 100 * (1 - network / seconds)[1:], "%", "of the time")
+    row("evaluation", len(some.val) / (network + around), "/s", f"images of {size}, and loading")
+    row("  around the network", 100 * around / (network + around), "%", "of the time")
 
 
 def make_up_photographs(folder, count=36):
@@ -323,41 +259,35 @@ def make_up_photographs(folder, count=36):
     (folder / "class_names.txt").write_text("\n".join(data.VOC_CLASSES))
 
 
-SECTIONS = {section.__name__.removeprefix("bench_"): section for section in (
-    bench_step, bench_flops, bench_memory, bench_loader, bench_hardness, bench_evaluation, bench_doubling)}
+SECTIONS = {"step": bench_step, "flops": bench_flops, "loader": bench_loader, "kernels": bench_kernels,
+            "evaluation": bench_evaluation}  # the step first: on a CPU its memory is the process's growth
 
 
-def parse_arguments(argv, folder):
+def read_flags(argv, folder):
     """bench.py's own flags, and the settings that train.py makes of the others, in one namespace."""
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], allow_abbrev=False,
-        epilog="Most other flags are train.py's, such as --backbone, --channels, --accumulate, --crop-size "
-               "(default here: 129, or 513 on a GPU), --batch-size (4, or 16), --workers (0, or 4), "
+        epilog="Most other flags are train.py's, such as --backbone, --channels, --accumulate, --amp and "
+               "--workers, --crop-size (default here: 129, or 513 on a GPU), --batch-size (4, or 16), "
                "--dataset and --data-root (default: made-up JPEGs of 500 x 375).")
     add = parser.add_argument
-    add("--only", nargs="+", choices=SECTIONS, metavar="SECTION", default=list(SECTIONS)[:-1],
-        help=f"of {', '.join(SECTIONS)} (default: all but doubling: see that 16 + 16 fits the memory)")
-    add("--device", choices=("cpu", "cuda")[:1 + gpu], default="cuda" if gpu else "cpu")
-    add("--precision", choices=("fp32", "bf16"), help="default: bf16 on a GPU, fp32 on a CPU")
+    add("--only", nargs="+", choices=SECTIONS, metavar="SECTION", default=[*SECTIONS],
+        help=f"of {', '.join(SECTIONS)} (default: all)")
     add("--repeats", type=int, default=30 if gpu else 10,
         help="measurements behind each median (default: 10, or 30 on a GPU)")
-    add("--loader-crop", type=int, default=513, help="side of the crops in the section loader")
-    add("--compile", action="store_true", help="torch.compile the network, in the step and in the floor")
+    add("--compile", action="store_true", help="torch.compile the networks, in the step and in its passes")
     args, others = parser.parse_known_args(argv)
     if args.repeats < 1:
         parser.error(f"--repeats {args.repeats}: at least 1")
-    cuda = args.device == "cuda"
-    crop_size, batch_size, workers = (513, 16, 4) if cuda else (129, 4, 0)
-    # Random weights are sure of nothing, so every pixel is let through (tau), and they hardly move (lr).
     made_up = not any(flag.startswith("--dataset") for flag in others)
-    settings = train.parse_arguments([
-        *["--dataset=custom", f"--data-root={folder}"] * made_up, "--weights=none", "--tau=0", "--lr=1e-5",
-        "--iters=1000000", f"--crop-size={crop_size}", f"--batch-size={batch_size}", f"--workers={workers}",
-        *others, "--amp" if args.precision == "bf16" or cuda and not args.precision else "--no-amp"])
+    sizes = "--crop-size=513 --batch-size=16" if gpu else "--crop-size=129 --batch-size=4"
+    # Random weights are sure of nothing, so every pixel is let through (tau), and they hardly move (lr).
+    settings = parse_arguments([*["--dataset=custom", f"--data-root={folder}"] * made_up, *sizes.split(),
+                                "--weights=none", "--tau=0", "--lr=1e-5", "--iters=1000000", *others])
     if settings.dataset == "shapes" or settings.supervised or settings.aux or settings.image_size:
         parser.error("--dataset shapes, --supervised, --aux, --image-size: not measured; leave them out")
-    vars(settings).update(vars(args), cuda=cuda, device=torch.device(args.device))
+    vars(settings).update(vars(args), device=torch.device("cuda" if gpu else "cpu"))
     return settings
 
 
@@ -366,11 +296,11 @@ def main(argv=None):
     with tempfile.TemporaryDirectory() as folder:
         try:
             make_up_photographs(Path(folder))
-            s = parse_arguments(argv, folder)
+            s = read_flags(argv, folder)
             photographs = data.open_data(s.dataset, s.data_root)
             labelled, unlabelled = data.split_ids(photographs, s.dataset, s.split)
             draws = batches.TrainingDraws(photographs, labelled, unlabelled or labelled, s.batch_size,
-                                       s.crop_size, s.seed, s.scale)
+                                          s.crop_size, s.seed, s.scale)
             s.classes = len(photographs.classes)
             device = torch.cuda.get_device_name() if s.cuda else f"CPU, {torch.get_num_threads()} threads"
             print(f"{device}; torch {torch.__version__}, torchvision {torchvision.__version__}\n"
@@ -378,8 +308,9 @@ def main(argv=None):
                   f"{s.batch_size} + {s.batch_size} in {s.accumulate}, {'bf16' if s.amp else 'fp32'}"
                   f"{', compiled' if s.compile else ''}; medians of {s.repeats}\n\n"
                   f"{'':26}{'median':>10} {'':8} quartiles", flush=True)
-            for section in s.only:
-                ratio = SECTIONS[section](s, draws) or ratio
+            for section, bench in SECTIONS.items():
+                if section in s.only:
+                    ratio = bench(s, draws) or ratio
         except (data.InputError, FileNotFoundError) as error:
             print(f"bench.py: {error}", file=sys.stderr)
             sys.exit(2)
