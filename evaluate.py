@@ -6,9 +6,8 @@
 """
 
 import argparse
-import itertools
 import math
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -134,49 +133,32 @@ def autocast(device, enabled):
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
-class ValidationImages(torch.utils.data.Dataset):
-    """Item i: (image uint8 (3, H, W), its labels uint8 (H, W), id)."""
-
-    def __init__(self, data, names):
-        self.data, self.names = data, names
-
-    def __len__(self):
-        return len(self.names)
-
-    def __getitem__(self, i):
-        name = self.names[i]
-        image = decoded(self.data.image(name), self.data.images[name])
-        return image, picture_to_tensor(self.data.mask(name)), name
-
-
 def decoded(picture, path):
     """The pixels of an open Pillow image, uint8 (3, H, W). Raises InputError, which names its file."""
     with reading(path):
         return picture_to_tensor(picture.convert("RGB"))
 
 
-def validation_images(data, workers, endless=False):
-    """Yields (image, labels, id) of this rank's part of data.val, once or again and again. Several
-    ranks' loader processes take seconds to start, so a run has one such iterator."""
-    names = data.val[rank()::world_size()]
-    order = range(len(names))
-    return loaded(ValidationImages(data, names), workers, batch_size=None,
-                  sampler=itertools.cycle(order) if endless else order)
+def loaded_images(data, names, workers=0, check=None):
+    """Yields (image uint8 (3, H, W), its labels uint8 (H, W), id) for each id."""
+    def make(name):
+        image = decoded(data.image(name), data.images[name])
+        return image, picture_to_tensor(data.mask(name)), name
+    return loaded(make, names, workers, check)
 
 
 @torch.inference_mode()
-def evaluate(networks, data, device, window=None, max_side=None, amp=False, images=None, check=None,
+def evaluate(networks, data, device, window=None, max_side=None, amp=False, workers=0, check=None,
              look=None):
     """The confusion matrices (networks, C, C), int64, of this rank's part of data.val.
 
     Each rank takes every world-size-th image, so that each image counts once: sum_over_ranks adds
     the parts up. The networks are put into evaluation mode, and back.
-    images:     what validation_images yields.
-    check:      called before each image.
+    check:      called before each image, and every second while one is waited for.
     look:       called with each image's id, the image, its labels, and the class map of each network.
     What check or look raises on any rank, or an image that cannot be read, is raised on all ranks.
     """
-    images = images or validation_images(data, workers=0)
+    images = loaded_images(data, data.val[rank()::world_size()], workers, check)
     networks, C, count = list(networks), len(data.classes), len(data.val)
     confusions = torch.zeros(len(networks), C, C, dtype=torch.int64, device=device)
 
@@ -196,8 +178,9 @@ def evaluate(networks, data, device, window=None, max_side=None, amp=False, imag
 
     training = [network.training for network in networks]
     firsts = range(0, count, world_size())
-    for first in progress(firsts, "images evaluated", count, step=world_size()):
-        together(evaluate_image, first + rank())
+    with closing(images):
+        for first in progress(firsts, "images evaluated", count, step=world_size()):
+            together(evaluate_image, first + rank())
     for network, mode in zip(networks, training):
         network.train(mode)
     return confusions
@@ -325,7 +308,7 @@ def stacked(pictures, gap=4):
 @torch.inference_mode()
 def predicted_rows(network, data, names, device, window=None, max_side=None, amp=False):
     """Yields a row of a panel for each id: the image, its labels, and the network's class map."""
-    for image, labels, _ in (ValidationImages(data, names)[i] for i in range(len(names))):
+    for image, labels, _ in loaded_images(data, names):
         image = image.to(device)
         with autocast(device, amp):
             prediction = predict(network, image, window, max_side)
@@ -428,7 +411,7 @@ def main(argv=None):
     parser.add_argument("--beside", type=Path, metavar="CHECKPOINT",
         help="another checkpoint, such as a baseline's: its predictions and IoU stand left of the first's")
     parser.add_argument("--workers", type=int, default=0,
-        help="loader processes")
+        help="loader threads")
     args = parser.parse_args(argv)
     try:
         device = join()
@@ -447,7 +430,7 @@ def main(argv=None):
         headings = ["image", "ground truth", *(networks if args.beside else ["prediction"])]
         settings = state["settings"]
         local = evaluate(networks.values(), data, device, settings["window"], settings["image_size"],
-                         settings["amp"] and device.type == "cuda", validation_images(data, args.workers),
+                         settings["amp"] and device.type == "cuda", args.workers,
                          look=write_panel if args.pictures else None)
     except InputError as error:
         end("evaluate.py", error)

@@ -28,15 +28,7 @@ import torch.distributed as dist
 
 from batches import training_batches
 from data import InputError, short_list
-from evaluate import (
-    evaluate,
-    iou_table,
-    load_checkpoint,
-    mean_iou,
-    panel,
-    predicted_rows,
-    validation_images,
-)
+from evaluate import evaluate, iou_table, load_checkpoint, mean_iou, panel, predicted_rows
 from ranks import own, rank, say, sum_over_ranks, together, world_size
 
 try:
@@ -77,7 +69,6 @@ class Run:
         self.validation_due = False  # a validation after iteration `start` was stopped
         self.pending, self.rows = [], torch.empty(0, len(METRICS))  # on the device; on the host
         self.resume()
-        self.images = validation_images(data, min(args.workers, 4), endless=True)
         self.stopping, self.parent = [], os.getppid()
         self.printed, self.clock = 0.0, (time.time(), self.start)
 
@@ -175,7 +166,7 @@ class Run:
             signal.signal(signum, lambda *_: self.stopping.append(True))
         slots = own(torch.arange(self.args.batch_size)).tolist()
         batches = training_batches(self.draws, slots, self.start, self.args.iters, self.args.workers,
-                                   self.args.cuda)
+                                   self.args.cuda, self.check)
 
         def next_batch():
             self.check()
@@ -193,7 +184,6 @@ class Run:
                 yield iteration, {name: t.to(self.device, non_blocking=True) for name, t in batch.items()}
         finally:
             batches.close()
-            self.images.close()
 
     def check(self):
         """Raise RunError if the run has been asked to stop."""
@@ -328,7 +318,7 @@ class Run:
         torch.backends.cudnn.benchmark = False  # images of many sizes: a search for each would cost
         try:
             local = evaluate(networks.values(), self.data, self.device, self.args.window,
-                             self.args.image_size, self.args.amp, self.images, self.check)
+                             self.args.image_size, self.args.amp, self.args.workers, self.check)
         except (InputError, RunError) as error:
             self.stop(error, done, validation_due=True)
         self.validation_due = False

@@ -90,7 +90,7 @@ class Settings:
     # run
     out: str = flag(None, "folder of the run (default: runs/DATASET-SPLIT-METHOD)")
     seed: int = flag(0, "random seed", NOT_NEGATIVE)
-    workers: int = flag(None, "loader processes of a rank (default: its cores, at most 12; on a CPU 0)",
+    workers: int = flag(None, "loader threads of a rank (default: its cores, at most 8; on a CPU 0)",
                         NOT_NEGATIVE)
     eval_every: int = flag(None, "validate the teacher every so many epochs (default for custom and "
                                  "--small: 20 times a run)", COUNT, metavar="EPOCHS")
@@ -205,7 +205,7 @@ def fill_in(args, given):
     if args.workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        args.workers = min(max(cores // ranks_here, 1), 12) if args.cuda else 0
+        args.workers = min(max(cores // ranks_here, 1), 8) if args.cuda else 0
     args.checkpoint_every = args.checkpoint_every or (2000 if args.cuda else 200)
 
 

@@ -1,23 +1,19 @@
-"""Data sets in the layouts that people have, the splits, the checks, and the seeded batches."""
+"""Data sets in the layouts that people have, the splits and the checks."""
 
-import multiprocessing
 import os
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-import batches
 import data
-from batches import TrainingDraws, normalize, training_batches
+from batches import TrainingDraws
 from check import check_data
-from data import IGNORE, SPLITS, InputError, Shapes, open_data, read_list, split_ids
+from data import SPLITS, InputError, Shapes, open_data, read_list, split_ids
 from shapes import draw_shapes
 
 HERE = Path(__file__).parent.parent
@@ -234,133 +230,6 @@ def test_shapes_are_the_same_every_time_and_differ_from_each_other():
     assert len(counts) == len(shapes.classes) >= 5 and counts.min() > 40
 
 
-def draws(**options):
-    shapes = Shapes()
-    labelled, unlabelled = split_ids(shapes, "shapes", "1_16")
-    return TrainingDraws(shapes, **{"labelled": labelled, "unlabelled": unlabelled, "batch_size": 4,
-                                    "crop_size": 24, "seed": 3, **options})
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
-
-
-def test_batches_are_uint8_and_padding_is_marked():
-    batch = next(training_batches(draws(), range(4), 0, 1, workers=0))
-    assert {name: (t.dtype, tuple(t.shape)) for name, t in batch.items()} == {
-        "x": (torch.uint8, (4, 3, 24, 24)), "y": (torch.uint8, (4, 24, 24)),
-        "weak": (torch.uint8, (4, 3, 24, 24)), "strong": (torch.uint8, (4, 3, 24, 24)),
-        "valid": (torch.bool, (4, 24, 24))}
-    items = [draws(scale=(0.5, 0.5))[0, place] for place in range(4)]
-    for item in items:  # 32-pixel images at half size in a crop of 24
-        assert item["valid"][:16, :16].all() and item["valid"].sum() == 16 * 16
-        assert (item["y"][16:] == IGNORE).all() and (item["y"][:, 16:] == IGNORE).all()
-        assert (item["y"][:16, :16] != IGNORE).all()
-    for name in items[0]:  # and items are stacked as they are
-        assert batch[name].equal(torch.stack([draws()[0, place][name] for place in range(4)]))
-
-
-def test_draws_depend_on_seed_iteration_and_place_alone():
-    sequence = list(training_batches(draws(), range(4), 0, 6, workers=0))
-    with_workers = list(training_batches(draws(), range(4), 0, 6, workers=2))
-    assert all(same(a, b) for a, b in zip(sequence, with_workers))
-    resumed = list(training_batches(draws(), range(4), 4, 6, workers=0))
-    assert same(resumed[0], sequence[4]) and same(resumed[1], sequence[5])
-    ranks = [list(training_batches(draws(), places, 0, 6, workers=0))
-             for places in (range(0, 2), range(2, 4))]
-    for whole, *shares in zip(sequence, *ranks):
-        assert same(whole, {name: torch.cat([s[name] for s in shares]) for name in whole})
-    other = next(training_batches(draws(seed=4), range(4), 0, 1, workers=0))
-    assert not same(other, sequence[0])
-    assert not sequence[0]["weak"].equal(sequence[1]["weak"])
-
-
-def children():
-    return [type(process).__name__ for process in multiprocessing.active_children()]
-
-
-def beside_another_rank():
-    """Batches as a process loads them that has another rank beside it."""
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.distributed, "get_world_size", lambda: 2)
-        yield from training_batches(draws(), range(4), 0, 6, workers=2)
-
-
-@pytest.mark.slow
-def test_loader_processes_end_with_the_loop():
-    batches = training_batches(draws(), range(4), 0, 6, workers=1)
-    next(batches)
-    assert len(children()) == 1
-    batches.close()
-    assert children() == []
-
-
-# In a process of its own: the server lives as long as its process, and blocks the signals in what it forks.
-LOADING = """
-import multiprocessing, os, sys
-sys.path.insert(0, {here!r})
-from test_data import beside_another_rank, children, draws, same, training_batches
-if __name__ == "__main__":
-    batches = beside_another_rank() if {ranks} > 1 else training_batches(draws(), range(4), 0, 6, workers=2)
-    assert same(next(batches), next(training_batches(draws(), range(4), 0, 1, workers=0)))
-    assert ("ForkServerProcess" in children()) == ({ranks} > 1)
-    print(*(process.pid for process in multiprocessing.active_children()), file=open("pids", "w"), flush=True)
-    os.kill(os.getpid(), 9)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_loader_processes_end_when_the_process_they_load_for_is_killed(tmp_path, ranks):
-    script = tmp_path / "loading.py"
-    script.write_text(LOADING.format(here=str(HERE), ranks=ranks))
-    assert subprocess.run([sys.executable, script], cwd=tmp_path).returncode == -9
-    pids, deadline = (tmp_path / "pids").read_text().split(), time.monotonic() + 20
-    assert len(pids) == 2
-    while any(Path(f"/proc/{pid}").exists() for pid in pids):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
-def test_one_rank_forks_its_loader_processes(monkeypatch):
-    made = []
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
-    monkeypatch.setattr(torch.utils.data, "DataLoader", lambda *args, **options: made.append(options) or [])
-    assert list(batches.loaded([], 1)) == [] and made[0]["multiprocessing_context"] is None
-
-
-def test_loading_works_without_signal_masks_as_on_windows(monkeypatch):
-    monkeypatch.delattr(batches.signal, "pthread_sigmask")
-    assert len(list(training_batches(draws(), range(4), 0, 2, workers=1))) == 2
-
-
-def test_an_epoch_sees_every_unlabelled_image_once_and_labelled_ones_in_turn():
-    few = draws(labelled=["train_000", "train_016", "train_032"],
-                unlabelled=[f"train_{i:03d}" for i in range(1, 9)])
-    x, u = zip(*(few.ids(iteration) for iteration in range(6)))
-    u, x = sum(u, []), sum(x, [])
-    for epoch in range(3):
-        assert sorted(u[8 * epoch:8 * epoch + 8]) == few.unlabelled
-    assert u[:8] != u[8:16] != u[16:]
-    assert all(sorted(x[3 * i:3 * i + 3]) == few.labelled for i in range(8))
-
-
-def test_unlabelled_images_never_need_a_mask(tmp_path):
-    found = open_data("custom", custom(tmp_path))
-    labelled, unlabelled = split_ids(found, "custom", None)
-    assert not set(unlabelled) & found.masks.keys()
-    item = TrainingDraws(found, labelled, unlabelled, 2, 16, seed=0)[0, 0]
-    assert item["weak"].shape == (3, 16, 16)
-
-
-def test_normalize_by_hand():
-    pixel = torch.tensor([255, 0, 128], dtype=torch.uint8).reshape(1, 3, 1, 1)
-    expected = [(1 - 0.485) / 0.229, -0.456 / 0.224, (128 / 255 - 0.406) / 0.225]
-    assert normalize(pixel).flatten().tolist() == pytest.approx(expected)
-
-
 @pytest.mark.parametrize("place", ["", "JPEGImages", "class_names.txt"])
 def test_what_may_not_be_read_is_said_with_the_command_that_allows_it(tmp_path, monkeypatch, place):
     root, listdir, read = custom(tmp_path / "my data"), os.listdir, Path.read_text
@@ -377,15 +246,6 @@ def test_what_may_not_be_read_is_said_with_the_command_that_allows_it(tmp_path, 
     command = str(error.value).partition("allow it: ")[2]
     assert shlex.split(command) == ["chmod", "-R", "u+rwX", str(root / place)]
     subprocess.run(shlex.split(command), check=True)
-
-
-def test_masks_are_checked_again_where_they_are_read(tmp_path):
-    root = custom(tmp_path, masks=8)
-    found = open_data("custom", root)
-    assert problems(found, found.labelled, []) == []
-    save(root / "SegmentationClass" / "im1.png", np.full((12, 16), 9))
-    with pytest.raises(InputError, match="im1.png: holds the ids 9, but there are 2 classes"):
-        TrainingDraws(found, ["im1"], [], 2, 16, seed=0)[0, 0]
 
 
 def report(*arguments):

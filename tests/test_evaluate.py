@@ -1,7 +1,6 @@
 """Mean IoU, sliding windows, pictures."""
 
 import itertools
-import multiprocessing
 import re
 from pathlib import Path
 
@@ -165,24 +164,12 @@ def tiny_data(tmp_path, count=5):
                             {n: tmp_path / f"{n}.png" for n in names}, [], names, [])
 
 
-def test_evaluate_counts_every_pixel_once_and_keeps_the_networks_mode(tmp_path):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluate_counts_every_pixel_once_and_keeps_the_networks_mode(tmp_path, workers):
     data, network = tiny_data(tmp_path), Truth().train()
-    confusion, = evaluate.evaluate([network], data, torch.device("cpu"))
+    confusion, = evaluate.evaluate([network], data, torch.device("cpu"), workers=workers)
     assert confusion.sum() == sum(10 * (8 + i) for i in range(5))
     assert mean_iou(confusion)[0] == 1 and network.training
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_one_loader_serves_every_validation_of_a_run(tmp_path, workers):
-    data = tiny_data(tmp_path)
-    images, loaders = evaluate.validation_images(data, workers, endless=True), set()
-    for _ in range(3):
-        confusion, = evaluate.evaluate([Truth()], data, torch.device("cpu"), images=images)
-        assert confusion.diagonal().sum() == sum(10 * (8 + i) for i in range(5))
-        loaders |= {process.pid for process in multiprocessing.active_children()}
-    assert len(loaders) == workers
-    images.close()
-    assert not multiprocessing.active_children()
 
 
 def test_evaluation_asks_before_each_image_whether_to_go_on(tmp_path):
@@ -284,10 +271,9 @@ def test_a_truncated_validation_image_is_named(tmp_path, workers):
     data = tiny_data(tmp_path)
     path = tmp_path / "im2.bmp"
     path.write_bytes(path.read_bytes()[:100])
-    images = evaluate.validation_images(data, workers)
     with pytest.raises(InputError, match=r"^\S*im2.bmp: cannot be read \(.*$") as error:
-        evaluate.evaluate([Brightness()], data, torch.device("cpu"), images=images)
-    assert "\n" not in str(error.value) and not multiprocessing.active_children()
+        evaluate.evaluate([Brightness()], data, torch.device("cpu"), workers=workers)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("processes", [None, pytest.param(2, marks=pytest.mark.slow)])

@@ -114,8 +114,6 @@ def shrink(patch):
 def rank_main(argv, moment):
     """train.main as one rank. At the moment (what, count, signal) it sends itself the signal: in a step
     of that iteration, or while it predicts that many images for a validation."""
-    # Loader processes of one rank are forked; a forkserver of this process's own would import torch anew.
-    multiprocessing.set_start_method("fork", force=True)
     torch.set_num_threads(1)
     os.setpgrp()
     shrink(pytest.MonkeyPatch())
@@ -254,7 +252,7 @@ def kill_randomly(processes, rng):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks, flags, times", [  # ranks and their loaders take many seconds to start
+@pytest.mark.parametrize("ranks, flags, times", [
     (1, "", 10), (1, "--workers 2", 10), (2, "", 5), (2, "--workers 2", 2),
     (1, "--supervised --workers 2", 3)])
 def test_a_run_killed_at_random_moments_ends_in_the_same_bits(tmp_path, ranks, flags, times):
@@ -305,8 +303,8 @@ def alive(out):
     (None, True, signal.SIGINT), (2, True, signal.SIGINT), (2, False, signal.SIGTERM),
     (2, False, signal.SIGUSR1)])
 def test_a_signal_saves_says_how_to_resume_and_leaves_no_rank_alone(tmp_path, ranks, group, signum):
-    # Ctrl-C reaches the whole process group: torchrun, the ranks and their loaders. A scheduler may
-    # tell torchrun alone, which passes SIGTERM on, and dies of SIGUSR1.
+    # Ctrl-C reaches the whole process group: torchrun and the ranks. A scheduler may signal torchrun alone,
+    # which passes SIGTERM on, and dies of SIGUSR1.
     out = tmp_path / "out"
     process = started(out, *TINY, "--iters", 500, "--workers", 1, ranks=ranks)
     (os.killpg if group else os.kill)(process.pid, signum)
@@ -323,8 +321,7 @@ def test_a_signal_saves_says_how_to_resume_and_leaves_no_rank_alone(tmp_path, ra
 
 
 def stop_handlers():
-    return [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP,
-                                          signal.SIGCHLD)]
+    return [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)]
 
 
 def test_signals_are_handled_as_before_once_main_returns_or_raises(tmp_path, small, monkeypatch):
@@ -656,7 +653,7 @@ NO_POSIX = """
 import sys; sys.path.insert(0, {here!r})
 import signal
 sys.modules["fcntl"] = None  # an import of it fails
-for name in ("pthread_sigmask", "SIGHUP", "SIGUSR1", "SIGCHLD"):
+for name in ("SIGHUP", "SIGUSR1"):
     delattr(signal, name)
 import data, train
 data.Shapes.TRAIN, data.Shapes.VAL = 24, 5
@@ -767,28 +764,6 @@ def test_evaluate_names_a_broken_photograph(tmp_path, ranks):
     said = [line for line in result.stderr.splitlines() if line.startswith("evaluate.py: ")]
     assert result.returncode == (1 if ranks else 2) and len(said) == 1
     assert "im5.png: cannot be read (" in said[0]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_loader_process_that_dies_is_named_once_and_the_run_is_saved(tmp_path, ranks):
-    out = tmp_path / "out"
-    process = started(out, *TINY, "--iters", 500, "--workers", 1, ranks=ranks if ranks > 1 else None)
-    parents = {process.pid} if ranks == 1 else children(process.pid)
-    loader = next(pid for parent in parents for pid in children(parent) if b"resource_tracker" not in
-                  Path(f"/proc/{pid}/cmdline").read_bytes())
-    os.kill(loader, signal.SIGKILL)
-    _, errors = process.communicate(timeout=100)
-    said = [line for line in errors.splitlines() if line.startswith("train.py: ")]
-    assert process.returncode == 1 and len(said) == 1 and (ranks > 1 or len(errors.splitlines()) == 1)
-    assert "a loader process died (" in said[0] and "lower --workers" in said[0]
-    saved = torch.load(out / "last.pth", weights_only=True)["iteration"]
-    assert f"saved iteration {saved}" in said[0]
-    run_until(saved + 1, *TINY, "--iters", 500, "--workers", 0, "--out", out)
-
-
-def children(pid):
-    return {int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError(

@@ -476,7 +476,7 @@ import sys; sys.path.insert(0, {here!r})
 from torch import nn
 nn.modules.batchnorm._BatchNorm.train = lambda self, mode=True: nn.Module.train(self, False)
 import train
-if __name__ == "__main__":  # loader processes import this file
+if __name__ == "__main__":
     train.main()
 """
 
