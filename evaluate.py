@@ -2,7 +2,7 @@
 
     python evaluate.py CHECKPOINT                       per-class IoU on the run's validation set
     python evaluate.py CHECKPOINT --list FILE           on other images, such as a test set
-    python evaluate.py CHECKPOINT --pictures DIR        with image | ground truth | prediction panels
+    python evaluate.py CHECKPOINT --pictures DIR        and pictures: image | ground truth | prediction
 """
 
 import argparse
@@ -205,8 +205,8 @@ def load_checkpoint(path, remedy="a last.pth or best.pth of train.py"):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint") from None
-    except Exception as error:  # torch.load raises what it likes for what it cannot read
-        raise InputError(f"{path}: no checkpoint that weights_only=True loads "
+    except Exception as error:  # torch.load raises many kinds
+        raise InputError(f"{path}: cannot be read as a checkpoint with weights_only=True "
                          f"({type(error).__name__}); give {remedy}") from None
     if not isinstance(state, dict) or not {"settings", "classes", "student", "teacher"} <= state.keys():
         raise InputError(f"{path}: not a checkpoint of train.py; give {remedy}")
@@ -256,8 +256,9 @@ def panel(rows, headings, classes, palette):
         pictures.append(to_pictures(image, maps, palette))
         present.update(*(labels.unique().tolist() for labels in maps))
     columns = [stacked([caption(heading), *column]) for heading, column in zip(headings, zip(*pictures))]
-    legend = [caption("ignored", "white") if c == IGNORE else caption(class_caption(classes, c), palette[c])
-              for c in sorted(present)]
+    legend = [caption(class_caption(classes, c), tuple(palette[c])) for c in sorted(present - {IGNORE})]
+    if IGNORE in present:
+        legend.append(caption("ignored", "white"))
     return with_legend(side_by_side(columns), legend)
 
 
@@ -309,9 +310,8 @@ def stacked(pictures, gap=4):
 def predicted_rows(network, data, names, device, window=None, max_side=None, amp=False):
     """Yields a row of a panel for each id: the image, its labels, and the network's class map."""
     for image, labels, _ in loaded_images(data, names):
-        image = image.to(device)
         with autocast(device, amp):
-            prediction = predict(network, image, window, max_side)
+            prediction = predict(network, image.to(device), window, max_side)
         yield image, labels, prediction
 
 

@@ -95,6 +95,10 @@ def predict_files(model, state, paths, folder, device, pair=None):
     if pair and (folder / "last.pth").exists():
         raise InputError(f"--out {folder}: the folder of a run, whose hardness.csv would be lost; give "
                          f"another --out")
+    results = RESULTS | RANKING if pair else RESULTS
+    for table in (folder / name for name in results if name.endswith(".csv")):
+        if table.exists() and not table.read_bytes().startswith(b"file,"):  # as write_table begins
+            raise InputError(f"--out {folder}: its {table.name} is not of predict.py; give another --out")
     folder.mkdir(parents=True, exist_ok=True)
     classes, palette = state["classes"], state["palette"]
     sources, written = {file.resolve() for file in photographs}, {}
@@ -119,7 +123,7 @@ def predict_files(model, state, paths, folder, device, pair=None):
     write_table(folder / "areas.csv", ("file", *classes), areas)
     skipped = len(photographs) - len(areas)
     print(f"{len(areas)} photographs predicted, {skipped} skipped; written to {folder}:")
-    print(list_results(RESULTS | RANKING if pair else RESULTS))
+    print(list_results(results))
     if pair:
         hardness.sort(key=lambda row: (-row[1], row[0]))
         write_table(folder / "hardness.csv", ("file", GAMMA, "rho_student", "rho_teacher"), hardness)

@@ -13,6 +13,7 @@ from PIL import Image
 import predict
 import ranks
 from batches import normalize
+from data import InputError
 from hardness import instance_hardness
 from predict import overlay, photograph_hardness, predict_files
 from test_evaluate import STATE, Brightness, Corner, add_lists, checkpoint
@@ -237,5 +238,20 @@ def test_the_hardness_log_of_a_run_is_never_overwritten(tmp_path, capsys):
     argv = [checkpoint(tmp_path / "last.pth"), tmp_path / "x.jpg", "--hardness", "--out", tmp_path]
     with pytest.raises(SystemExit) as end:
         predict.main([str(a) for a in argv])
-    assert end.value.code == 2 and "give another --out" in capsys.readouterr().err
+    assert end.value.code == 2
+    assert "the folder of a run, whose hardness.csv would be lost; give another" in capsys.readouterr().err
     assert (tmp_path / "hardness.csv").read_text() == "0,im1,0.5\n" and not (tmp_path / "x.png").exists()
+
+
+def test_a_table_of_somebody_else_is_never_overwritten(tmp_path, capsys):
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.jpg")
+    (tmp_path / "areas.csv").write_text("field,hectares\n")
+    arguments = Brightness(), STATE, [tmp_path / "x.jpg"]
+    with pytest.raises(InputError, match=r"its areas.csv is not of predict.py; give another --out$"):
+        predict_files(*arguments, tmp_path, torch.device("cpu"))
+    assert (tmp_path / "areas.csv").read_text() == "field,hectares\n" and not (tmp_path / "x.png").exists()
+    (tmp_path / "another").mkdir()
+    (tmp_path / "another" / "hardness.csv").write_text("mine")  # not written without --hardness
+    for _ in range(2):  # the remedy; an earlier table of its own is written again
+        assert predict_files(*arguments, tmp_path / "another", torch.device("cpu")) == 0
+    assert (tmp_path / "another" / "areas.csv").read_text().startswith("file,dark,bright\n")

@@ -69,11 +69,11 @@ def one_of_two(rank, results, meeting):
     ranks.average_buffers(norm)
     found["means"] = norm.running_mean.tolist() + norm.running_var.tolist()
     results.put(found)
-    ranks.leave()
+    ranks.end("command.py", "the reason", 2)
 
 
 @pytest.mark.slow
-def test_two_ranks_share_a_batch_and_their_exceptions(tmp_path):
+def test_two_ranks_share_a_batch_and_their_exceptions_and_end_together(tmp_path, capfd):
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     processes = [context.Process(target=one_of_two, args=(r, results, tmp_path / "meet")) for r in (0, 1)]
@@ -88,6 +88,14 @@ def test_two_ranks_share_a_batch_and_their_exceptions(tmp_path):
         assert each["gather"] == [[0, 1], [0, 2], [1, 1], [1, 2]]
         assert each["own"] == [3 * rank, 3 * rank + 1, 3 * rank + 2]
         assert each["sum"] == 3 and each["means"] == [0.5, 0.5, 2, 2]
+    assert [process.exitcode for process in processes] == [2, 2]
+    assert capfd.readouterr().err.count("command.py: the reason\n") == 1
+
+
+def test_a_command_ends_with_one_line(capsys):
+    with pytest.raises(SystemExit) as end:
+        ranks.end("command.py", ValueError("--flag: the reason"))
+    assert end.value.code == 2 and capsys.readouterr().err == "command.py: --flag: the reason\n"
 
 
 def test_that_nobody_listens_any_more_ends_no_run(monkeypatch):
