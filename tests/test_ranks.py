@@ -2,6 +2,7 @@
 
 import multiprocessing
 import sys
+import time
 
 import pytest
 import torch
@@ -68,8 +69,12 @@ def one_of_two(rank, results, meeting):
     norm.running_var += 2 * rank
     ranks.average_buffers(norm)
     found["means"] = norm.running_mean.tolist() + norm.running_var.tolist()
-    results.put(found)
-    ranks.end("command.py", "the reason", 2)
+    time.sleep(1 - rank)
+    found["about to end"] = time.time()
+    try:
+        ranks.end("command.py", "the reason")
+    finally:
+        results.put(found | {"ended": time.time()})
 
 
 @pytest.mark.slow
@@ -89,6 +94,7 @@ def test_two_ranks_share_a_batch_and_their_exceptions_and_end_together(tmp_path,
         assert each["own"] == [3 * rank, 3 * rank + 1, 3 * rank + 2]
         assert each["sum"] == 3 and each["means"] == [0.5, 0.5, 2, 2]
     assert [process.exitcode for process in processes] == [2, 2]
+    assert found[1]["ended"] > found[0]["about to end"]  # the second waited for the first
     assert capfd.readouterr().err.count("command.py: the reason\n") == 1
 
 
@@ -125,8 +131,13 @@ def test_progress_says_every_five_seconds_how_far_it_is_and_how_long_it_takes(mo
 def test_progress_counts_what_an_item_stands_for_and_is_silent_where_it_is_quick(monkeypatch, capsys):
     clock = [0.0]
     monkeypatch.setattr(ranks.time, "monotonic", lambda: clock[0])
-    for _ in ranks.progress(iter(range(2)), "images", total=7, step=4):  # 4 ranks, an iterator without len
-        clock[0] += 3600
+
+    def slow_to_start():  # as loaders are; it has no len
+        clock[0] += 400
+        yield from range(2)
+
+    for _ in ranks.progress(slow_to_start(), "images", total=7, step=4):  # on 4 ranks
+        clock[0] += 3200
     assert capsys.readouterr().out == "4 of 7 images, 0:45:00 left\n"
     assert list(ranks.progress(range(1000), "numbers")) == list(range(1000))
     monkeypatch.setattr(ranks, "rank", lambda: 1)
