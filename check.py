@@ -1,23 +1,41 @@
 """Is a data set fit to train on, and what lies there unused?"""
 
-import itertools
 import os
 import re
-import shlex
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
-from glob import glob
-from unicodedata import normalize
 
 import numpy as np
 from PIL import Image
 
-from data import HEIC_SUFFIXES, IGNORE, IMAGE_SUFFIXES, MASK_FOLDERS, InputError, reading, short_list, stems
+from data import (
+    HEIC_SUFFIXES,
+    IGNORE,
+    IMAGE_SUFFIXES,
+    MASK_FOLDERS,
+    MASK_SUFFIXES,
+    OLD_MASKS,
+    InputError,
+    looks_like_mask,
+    name_in,
+    reading,
+    short_list,
+    tails,
+    walk,
+    written,
+)
+from ranks import progress
 
-SYSTEM_FILES = ("Thumbs.db", "desktop.ini")
-LOSSLESS = (".tif", ".tiff", ".bmp", ".gif", ".npy")  # masks that --convert reads beside PNGs
-MASK_WORDS = re.compile(r"(?:[-_. ]*(?:masks?|labels?\w*|gt\w*|seg\w*|annot\w*|png|jpe?g))+$", re.I)
-IMAGE_WORDS = re.compile(r"(?:[-_. ]*(?:img|images?|photo|rgb|sat))+$", re.I)
+# No pictures: a system's own files, and those in which programs note where on earth a picture lies.
+SIDE_FILES = re.compile(r"thumbs\.db|desktop\.ini|.*\.(?:[a-z]{1,2}[gf]wx?|wld|ovr|prj|aux\.xml)", re.I)
+# What folders and files of masks are called, by Segments.ai, Cityscapes, fastai, nnU-Net and others.
+MASK_FOLDER = re.compile(r"(?:.*[-_ ]|train|val|test)?(?:masks?|labels?|gts?|segm?\w*|annots?|annotations?|"
+                         r"ground.?truths?)(?:[-_ ].*|tr|ts|ids|\d*)", re.I)
+MASK_ENDING = re.compile(r"(?:[-_. ]*(?:masks?|labels?\w*|gt\w*|seg\w*|annot\w*|ground.?truth|colou?red|png|"
+                         r"jpe?g)|[-_. ]p)+$", re.I)
+IMAGE_ENDING = re.compile(r"(?:[-_. ]*(?:img|images?|photo|rgb|sat|leftImg8bit)|_0000)+$", re.I)
 
 
 @dataclass
@@ -93,8 +111,10 @@ def check_files(data, masked, unmasked=()):
             said = str(error)
         return name, said, side, pixels, palette
 
+    there = [name for name in everything if name in data.images]
     with ThreadPoolExecutor() as pool:
-        for name, said, side, pixels, palette in pool.map(look, (n for n in everything if n in data.images)):
+        looks = pool.map(look, there)
+        for name, said, side, pixels, palette in progress(looks, "images checked", len(there)):
             found.sides.append(side)
             if said:  # one line for all files that have the same remedy
                 lines.setdefault(said.rpartition("; ")[2], []).append(said)
@@ -129,13 +149,13 @@ def check_classes(data, part, names, needed, found):
     held = [label for label, count in zip(data.classes, pixels) if count]
     absent = [label for label in data.classes if label not in held]
     if names and len(held) < needed:
-        remedy = "" if not held or not pixels[IGNORE] else data.conversion() if not converted(data) else (
-            f"give what is ignored (black, where it has no line) a name in {data.root / 'labelmap.txt'}, and "
-            f"{anew(data)}")
-        found.problems.append(
-            f"the {part} masks, {data.masks[names[0]]} for one, hold {held[0] if held else 'nothing'} alone"
-            + f", beside {IGNORE}, which is ignored" * bool(pixels[IGNORE])
-            + f"; {remedy or 'add masks of other classes'}")
+        what, remedy = f"{held[0] if held else 'nothing'} alone", "add masks of other classes"
+        if pixels[IGNORE]:
+            what += f", beside {IGNORE}, which is ignored"
+        if pixels[IGNORE] and held:
+            remedy = data.colours_remedy(remedy) if not data.label_map else (
+                f"give what is ignored (black, where it has no line) a name in {data.root / 'labelmap.txt'}")
+        found.problems.append(f"the {part} masks, {data.masks[names[0]]} for one, hold {what}; {remedy}")
     elif names and absent:
         found.notes.append(f"no {part} mask holds {short_list(absent)}, which "
                            f"{'will not be learnt' if part == 'labelled' else 'is not in the mean IoU'}")
@@ -149,18 +169,20 @@ def check_ids(data, found):
     if not files:
         return
     ids = np.setdiff1d(np.concatenate([*strange.values()]), IGNORE)
-    names_file = data.root / "class_names.txt"
+    names_file, colours = data.root / "class_names.txt", data.colours_remedy("")
     if data.dataset != "custom":
         remedy = "replace the mask"
     elif (ids[ids > IGNORE] % 257).any():  # and not grey levels of 16 bits
         remedy = f"export the masks again, with class ids below {IGNORE}"
+    elif not any(counts[0] for counts in found.pixels.values()):
+        remedy = (f"no mask holds 0, and ids count from 0: if the names are those of the ids from 1 on, "
+                  f"write one for 0 as the first line of {names_file}; else {colours}")
     elif [*ids] == [C]:
-        remedy = ("no mask holds 0, and " * all(not counts[0] for counts in found.pixels.values())
-                  + f"ids count from 0: if 0 is a class too, write its name as the first line of "
-                    f"{names_file}; if it is what nobody annotated, {data.conversion()}")
+        remedy = (f"if {names_file} lacks a name, add it: the first line is the name of id 0, the next of "
+                  f"id 1, and so on; if {C} is what nobody annotated, {colours}")
     else:
         remedy = (f"if these are class ids, write a name for each id, from 0, into {names_file}; if they are "
-                  f"grey levels or colours, {data.conversion()}")
+                  f"grey levels or colours, {colours}")
     more = f" (and {len(files) - 1} more)" if len(files) > 1 else ""
     found.problems.append(f"{files[0]}{more}: holds the ids {short_list(ids)}, but there are {C} classes "
                           f"(0 to {C - 1}); {remedy}")
@@ -170,110 +192,132 @@ def check_palettes(data, palettes, found):
     """Add a line if two index PNGs give an id that both hold different colours."""
     shades = {}  # id -> its colour, and the first mask that says so
     for name, palette in palettes.items():
-        for i in np.flatnonzero(found.pixels[name][:IGNORE]) if palette else ():
-            colour = tuple(palette[3 * i:3 * i + 3])
+        for i in np.flatnonzero(found.pixels[name][:IGNORE]) if palette is not None else ():
+            colour = written(palette[i])
             before, path = shades.setdefault(i, (colour, data.masks[name]))
             if before != colour:
-                found.problems.append(
-                    f"{path} and {data.masks[name]}: the id {i} is {written(before)} in the one and "
-                    f"{written(colour)} in the other; {data.conversion('replace one')}")
+                found.problems.append(f"{path} and {data.masks[name]}: the id {i} is {before} in the one and "
+                                      f"{colour} in the other; {data.colours_remedy('replace one')}")
                 return
 
 
 def unused(data, pixels):
     """What lies in an own folder and is not used, or not as it seems to be meant: lines about masks, and
     lines about photographs, each with an example, a count, and what to do."""
-    owners = {IMAGE_WORDS.sub("", name).lower(): name for name in sorted(data.images, key=len, reverse=True)}
+    owners = {IMAGE_ENDING.sub("", tails(name)[-1]).lower(): name
+              for name in sorted(data.images, key=len, reverse=True)}
 
-    def owner(stem):  # the image whose mask a file of this stem seems to be, or None
-        return owners.get(MASK_WORDS.sub("", stem).lower())
+    def owner(name):  # the image whose mask a file of this stem seems to be, or None
+        stem = tails(name)[-1]
+        image = owners.get(MASK_ENDING.sub("", stem).lower())
+        return None if image is None or tails(image)[-1] == stem else image
 
-    of_masks, of_photographs = (a + b for a, b in zip(misused(data, pixels, owner), unread(data, owner)))
-    if converted(data):
-        of_masks += outdated(data)
+    def beginning(name):  # the image with whose stem this one begins, or None
+        cuts = [match.start() for match in re.finditer("[-_. ]", name)]
+        return next((owners[name[:cut].lower()] for cut in cuts[::-1] if name[:cut].lower() in owners), None)
+
+    of_masks, of_photographs = (a + b for a, b in zip(
+        misused(data, pixels, owner, beginning), unread(data, owner)))
     return of_masks[:4], of_photographs[:4]
 
 
-def converted(data):
-    """Whether the masks are those that --convert made."""
-    return data.folders is not None and data.folders[1].name == MASK_FOLDERS[0]
-
-
-def anew(data):
-    """The remedy that converts all masks again, and keeps what was made of them."""
-    final = data.folders[1]
-    backups = (final.with_name(f"{final.name}.old{i}") for i in itertools.count(1))
-    old = next(path for path in backups if not path.exists())
-    return f"convert the masks anew: {shlex.join(['mv', str(final), str(old)])} && " + data.command(
-        "prepare.py", "--convert")
-
-
-def misused(data, pixels, owner):
+def misused(data, pixels, owner, beginning):
     """unused(): files that are read, or listed, otherwise than they seem to be meant."""
-    def about(names, files, text):
-        return [f"{files[names[0]]}: {len(names)} {text}"] if names else []
-
-    copies = [name for name, path in data.images.items()
-              if path.suffix.lower() == ".png" and owner(name) not in (None, name)]
+    copies = [name for name, path in data.images.items() if owner(name) or looks_like_mask(path)]
+    copies.sort(key=lambda name: not owner(name))
+    place, meant = f"into {data.folders[1]}/", owner(copies[0]) if copies else None
+    if meant:
+        place = "elsewhere" if meant in data.masks else f"{place}, this one as {meant}.png, and so on"
     strays = sorted(data.masks.keys() - data.images.keys(), key=lambda name: (not owner(name), name))
-    masked, meant = (owner(names[0]) if names else None for names in (copies, strays))
+    starts = Counter(map(beginning, strays))
+    several = [name for name in strays if beginning(name) and starts[beginning(name)] > 1]
+    strays = [name for name in strays if name not in several]
+    meant = owner(strays[0]) or beginning(strays[0]) if strays else None
+    rename = f": call this one {meant}.png, and so on" if meant and meant not in data.masks else ""
     one_class = [name for name in pixels if len({*np.flatnonzero(pixels[name])} - {IGNORE}) == 1]
     white = [name for name in one_class if pixels[name][IGNORE]]
-    of_masks = about(
-        copies, data.images, "files like this one look like masks, and are read as photographs; if they are "
-        "masks, move them " + ("elsewhere" if masked in data.masks else
-                               f"into {data.folders[1]}/, this one as {masked}.png, and so on"))
-    of_masks += about(
-        strays, data.masks, "masks like this one have no image of their name; a mask needs the stem of its "
-        "image" + (f": call this one {meant}.png, and so on" if meant else ""))
-    of_photographs = about(
-        white, data.masks, f"masks like this one hold one class alone, beside {IGNORE}, which is ignored; if "
-        f"{IGNORE} is a class in them, export them again, with its id")
-    of_photographs += about(
-        [name for name in one_class if name not in white], data.masks, "masks like this one hold one class "
-        "alone; if nobody annotated these, remove them, and their images are unlabelled")
-    of_photographs += about(
-        sorted(data.images.keys() - {*data.train, *data.val, *data.test}), data.images, "photographs like "
-        "this one are on no list in ImageSets/Segmentation; to train on them, add them to its train.txt")
-    of_photographs += about(data.test, data.images, "photographs in test/ are not trained on; evaluate.py "
-                            "takes a --list of them")
-    return of_masks, of_photographs
+    unlisted = sorted(data.images.keys() - {*data.train, *data.val, *data.test, *data.bare})
+    twins = twins_of(data)
+    of_masks = (
+        (copies, data.images,
+         f"files like this one look like masks, and are read as photographs; move them {place}"),
+        (several, data.masks,
+         "masks like this one are one of several of an image, which has one mask, of its own stem; if each "
+         "is of one class, merge them into it, where each pixel is its class; else keep one and rename it"),
+        (strays, data.masks,
+         f"masks like this one have no image of their name; a mask needs the stem of its image{rename}"))
+    of_photographs = (
+        (white, data.masks,
+         f"masks like this one hold one class alone, beside {IGNORE}, which is ignored; if {IGNORE} is a "
+         f"class in them, export them again, with its id"),
+        (sorted({*one_class} - {*white}), data.masks,
+         "masks like this one hold one class alone; if nobody annotated these, move them elsewhere, and "
+         "their images are unlabelled"),
+        (data.bare, data.images,
+         "photographs in val/ have no mask, and are not used; add their masks, or move them to the training "
+         "images"),
+        (unlisted, data.images,
+         "photographs like this one are on no list in ImageSets/Segmentation; to train on them, add them to "
+         "its train.txt"),
+        (data.test, data.images,
+         "photographs in test/ are not trained on; evaluate.py takes a --list of them"),
+        ([*twins], data.images,
+         f"validation images like this one are training images under another name, here "
+         f"{short_list(twins.values(), 1)}; mIoU will count what was learnt by heart: remove one of two"))
+    return ([f"{files[names[0]]}: {len(names)} {text}" for names, files, text in lines if names]
+            for lines in (of_masks, of_photographs))
+
+
+def twins_of(data):
+    """Validation image -> a training image whose file has the same bytes. Sizes are compared first."""
+    def look(name):
+        with suppress(OSError, KeyError), open(data.images[name], "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            file.seek(size // 2)
+            return size, file.read(4096)
+
+    val = {look(name): name for name in data.val}
+    same = {val[start]: name for name in data.train if (start := look(name)) in val and start}
+    return {a: b for a, b in same.items() if data.images[a].read_bytes() == data.images[b].read_bytes()}
 
 
 def unread(data, owner):
     """unused(): files that are not read, a line for those of a folder and a suffix."""
     photographs, masks = data.folders
-    source, raw = originals(data.root)
     of_masks, of_photographs, groups = [], [], {}
     used = {*data.images.values(), *data.masks.values()}
     # Beside those that are read: where they lie in subfolders, the folder above must stay empty.
-    new_image = next(iter(data.images.values()), photographs / "x").parent
-    new_mask = next(iter((raw if converted(data) else data.masks).values()), masks / "x").parent
-    linked = (top / name for top in data.folders for name in glob("**/*", root_dir=top, recursive=True))
-    for path in sorted({*data.root.rglob("*"), *linked}):  # rglob follows no links, which may lead anywhere
-        hidden = any(part.startswith(".") for part in path.relative_to(data.root).parts)
-        if not hidden and path not in used and path.is_file() and path.name not in SYSTEM_FILES:
+    new_image, new_mask = (min(files.values()).parent if files else folder
+                           for files, folder in ((data.images, photographs), (data.masks, masks)))
+    for path in walk(data.root, (f"{photographs}/", f"{masks}/")):
+        if path not in used and path.exists() and not SIDE_FILES.fullmatch(path.name):
             groups.setdefault((path.parent, path.suffix.lower()), []).append(path)
     for (folder, suffix), paths in groups.items():
-        among_images = photographs in (folder, *folder.parents)
-        among_masks = any(data.root / name in (folder, *folder.parents) for name in MASK_FOLDERS)
-        is_source = source in (folder, *folder.parents)
+        parts = folder.relative_to(data.root).parts or ("",)
+        among_images, among_masks = folder.is_relative_to(photographs), parts[0] in (*MASK_FOLDERS, OLD_MASKS)
         if not among_images:
-            again = [path for path in paths if normalize("NFC", path.stem) in data.masks]
+            again = [path for path in paths
+                     if any(way in data.masks for way in tails(name_in(data.root, path)))]
             paths = sorted({*paths} - {*again})
-            if again and among_masks and suffix == ".png" and not is_source:
-                of_masks.append(f"{folder}: {len(again)} masks are not read, as {masks} has masks of their "
-                                f"names; move away those that are wrong")
-        like_masks = not among_images and 2 * sum(bool(owner(path.stem)) for path in paths) > len(paths)
-        lines = of_masks if among_masks or (like_masks and suffix in IMAGE_SUFFIXES) else of_photographs
-        if lines is of_masks and is_source and (suffix in LOSSLESS or converted(data)):
-            in_test = "test" in map(str.lower, folder.relative_to(data.root).parts)
-            remedy = data.conversion() if not in_test else (
-                "to evaluate on them, move them and their photographs to another folder, and convert there")
-        elif lines is of_masks:
-            remedy = "if they are masks, " + (
-                f"move them into {new_mask}/" if suffix == ".png" else f"export them again, as PNGs, into "
-                f"{new_mask}/" + ": JPEG changes ids" * (suffix[:3] in (".jp", ".jf")))
+            if again and among_masks and suffix in MASK_SUFFIXES:
+                why = (f"as {masks} has masks of their names; move away those that are wrong"
+                       if parts[0] != OLD_MASKS else "left over from an earlier version; remove them")
+                of_masks.append(f"{folder}: {len(again)} masks are not read, {why}")
+        if not paths or not (among_images or among_masks or suffix in IMAGE_SUFFIXES | HEIC_SUFFIXES):
+            continue
+        seem_masks = among_masks or suffix in IMAGE_SUFFIXES and (
+            any(map(MASK_FOLDER.fullmatch, parts)) or looks_like_mask(paths[0])
+            or 2 * sum(bool(owner(path.stem)) for path in paths) > len(paths))
+        meant, lines = owner(paths[0].stem), of_masks if seem_masks else of_photographs
+        if seem_masks and masks.name == OLD_MASKS:
+            remedy = (f"an earlier version made {masks}/ of such: to read these instead, move it away, and "
+                      f"{data.colours_remedy('')}")
+        elif seem_masks and suffix in MASK_SUFFIXES:
+            remedy = f"if they are masks, move them into {new_mask}/" + (
+                f", this one as {meant}{suffix}, and so on" if meant else "")
+        elif seem_masks:
+            remedy = (f"if they are masks, export them again, as PNGs, into {new_mask}/"
+                      + (": JPEG changes ids" if suffix[:3] in (".jp", ".jf") else ""))
         elif suffix in IMAGE_SUFFIXES:
             remedy = f"to train on them, move them into {new_image}/, each under a name of its own"
         elif suffix in (".json", ".xml", ".txt"):
@@ -281,31 +325,6 @@ def unread(data, owner):
         else:
             remedy = "if they are photographs, " + (
                 "convert them to JPEG" if suffix else f"call this one {paths[0].name}.jpg, and so on")
-        if paths and (among_images or among_masks or suffix in IMAGE_SUFFIXES | HEIC_SUFFIXES):
-            lines.append(f"{folder}: {len(paths)} files {suffix or 'without suffix'} ({paths[0].name} for "
-                         f"one) are not read; {remedy}")
+        lines.append(f"{folder}: {len(paths)} files {suffix or 'without suffix'} ({paths[0].name} for one) "
+                     f"are not read; {remedy}")
     return of_masks, of_photographs
-
-
-def outdated(data):
-    """[a line], if a mask, or the label map, is newer than what --convert made of it."""
-    final = data.folders[1]
-    made = {path: final / f"{name}.png" for name, path in originals(data.root)[1].items()}
-    made[data.root / "labelmap.txt"] = next(iter(data.masks.values()))
-    for path, mask in made.items():
-        if path.exists() and path.stat().st_mtime > (mask if mask.exists() else final).stat().st_mtime:
-            return [f"{path}: newer than {final}; if it has changed, {anew(data)}"]
-    return []
-
-
-def originals(root):
-    """(folder, stem -> file): the masks that --convert starts from; {} if there are none."""
-    for folder in (root / name for name in MASK_FOLDERS[1:]):
-        masks = stems(folder, LOSSLESS) | stems(folder)
-        if masks:
-            break
-    return folder, masks
-
-
-def written(colour):
-    return f"({','.join(map(str, colour))})"

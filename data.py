@@ -9,13 +9,15 @@ import shlex
 import sys
 import unicodedata
 import warnings
+import zlib
+from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from glob import glob
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from shapes import SHAPES_CLASSES, draw_shapes
 
@@ -50,8 +52,14 @@ CITYSCAPES = {  # class: (its labelId, its colour), in the order of the 19 train
 TRAINING_SETS = {"voc": 10582, "voc_classic": 1464, "cityscapes": 2975}  # what a split is a part of
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 HEIC_SUFFIXES = {".heic", ".heif"}  # photographs too, which Pillow cannot read
-MASK_FOLDERS = ("SegmentationClassIds", "SegmentationClass", "SegmentationClassPNG", "masks")
-TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation -> Image.Transpose
+MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif", ".npy")  # lossless; of one name, the first is read
+MASK_FOLDERS = ("SegmentationClass", "SegmentationClassPNG", "masks")
+BLENDED_MASKS = "SegmentationClassAug"
+VOC_PLACES = "JPEGImages", (".", "VOC2012", "VOCdevkit/VOC2012", "..")  # for find_folder
+OLD_MASKS = "SegmentationClassIds"  # the index PNGs that earlier versions made of colour-coded masks
+FEW_COLOURS = 20  # a picture with no more is a label image, not a photograph
+OKABE_ITO = [(0, 0, 0), (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178),
+             (213, 94, 0), (204, 121, 167)]
 warnings.filterwarnings("ignore", module=r"PIL\.")  # odd metadata, large photographs: both are read
 
 
@@ -61,17 +69,24 @@ def voc_palette(num_classes):
             for c in range(num_classes)]
 
 
+def distinct_palette(num_classes):
+    """Colours that can also be told apart by people who cannot tell red from green: the eight of Okabe and
+    Ito (2008), "Color Universal Design"; beyond those their darker and lighter shades, then VOC's."""
+    eight = np.array(OKABE_ITO)
+    shades = np.concatenate([eight, eight[1:] // 2, (eight + 255) // 2])[:num_classes]
+    return [*map(tuple, shades.tolist()), *voc_palette(num_classes)[len(shades):]]
+
+
 @dataclass
 class SegmentationData:
     """A data set: where its images and masks are, and what its classes are called.
 
     images, masks:  id -> file. An unlabelled image has no mask.
     train, val:     sorted ids; `labelled` are those of train that a split may take as labelled.
-    test:           own data: ids in a folder test/, for evaluate.py --list alone.
-    label_ids:      a table of 256 from the ids in the mask files to the training ids, or None.
     notes:          lines that say what was decided about this data set.
     dataset, root:  --dataset and --data-root, for commands in messages.
-    folders:        own data: the folders of the photographs and of the masks.
+    Of own data: the folders of photographs and masks; the label map, (r, g, b) -> class or "ignore", without
+    which masks hold ids; the ids in a folder test/, and those in val/ without a mask, which nothing uses.
     """
     classes: list
     palette: list
@@ -80,32 +95,38 @@ class SegmentationData:
     train: list = field(repr=False)
     val: list = field(repr=False)
     labelled: list = field(repr=False)
-    label_ids: np.ndarray | None = field(default=None, repr=False)
     notes: list = field(default_factory=list, repr=False)
     dataset: str = "shapes"
     root: Path | None = None
     folders: tuple | None = field(default=None, repr=False)
+    label_map: dict = field(default_factory=dict, repr=False)
     test: list = field(default_factory=list, repr=False)
+    bare: list = field(default_factory=list, repr=False)
 
     def image(self, name):
         """The photograph as a Pillow image, upright as its EXIF says. Decoded only when needed."""
         return open_photograph(self.images[name])
 
     def labels(self, name):
-        """(labels, palette) of a mask: (H, W) integers, which may hold ids that no class has; and its own
-        colours [r, g, b, r, ...], or None. Raises InputError for what cannot be read or is in colour."""
+        """(labels, palette) of a mask: (H, W) integers, which may hold ids that no class has; and of an index
+        PNG without a label map the codes of its 256 colours, else None. Raises InputError for what cannot be
+        read, is in colour, or has a colour that the label map lacks."""
         path = self.masks[name]
-        with reading(path), Image.open(path) as picture:
-            labels, mode = np.array(upright(picture)), picture.mode
-            palette = picture.getpalette() if mode == "P" else None
-        if labels.dtype == bool and (len(self.classes) == 2 or not labels.any()):
-            labels = labels.astype(np.uint8)
-        if labels.ndim != 2 or labels.dtype.kind not in "ui" or labels.dtype == np.int32 and labels.min() < 0:
-            kind = {"1": "of one bit", "F": "of floats", "I": "of negative numbers"}
-            raise InputError(f"{path}: {kind.get(mode, 'a colour image')} ({mode}), not an index PNG (one "
-                             f"channel of class ids); {self.conversion('replace the mask')}")
-        if self.label_ids is not None:
-            labels = np.where(labels > IGNORE, labels, self.label_ids[labels.clip(max=IGNORE)])
+        if self.label_map:
+            with reading(path):
+                changed = os.stat(path).st_mtime_ns
+            shape, packed = labels_by_colour(
+                path, changed, tuple(self.label_map.items()), tuple(self.classes))
+            return np.frombuffer(zlib.decompress(packed), np.uint8).reshape(shape), None
+        labels, palette = read_mask(path)
+        if labels is None or labels.dtype == bool and labels.any() and len(self.classes) != 2:
+            kind = "in colour" if labels is None else "of one bit"
+            raise InputError(f"{path}: {kind}, not one channel of class ids; "
+                             + self.colours_remedy("replace the mask"))
+        if self.dataset == "cityscapes" and path.name.endswith("_labelIds.png"):
+            training_ids = np.full(256, IGNORE, np.uint8)
+            training_ids[[label_id for label_id, _ in CITYSCAPES.values()]] = range(19)
+            labels = np.where(labels > IGNORE, labels, training_ids[labels.clip(max=IGNORE)])
         return labels, palette
 
     def mask(self, name):
@@ -120,10 +141,11 @@ class SegmentationData:
     def command(self, script, *options):
         return command(script, self.dataset, self.root, *options)
 
-    def conversion(self, otherwise=""):
-        """The remedy for masks that are told by colour: a command for own data."""
-        return (f"make class ids of the masks: {self.command('prepare.py', '--convert')}"
-                if self.dataset == "custom" else otherwise)
+    def colours_remedy(self, otherwise):
+        """The remedy for masks that hold no class ids: a command for own data."""
+        if self.dataset == "custom":
+            return f"say which colour is which class: {self.command('prepare.py', '--colours')}"
+        return otherwise
 
 
 def command(script, dataset, root, *options):
@@ -136,22 +158,102 @@ def open_photograph(path):
     """A Pillow image, upright, and not decoded yet unless it had to be turned. Raises InputError."""
     with reading(path):
         image = Image.open(path)
-        if image.mode[0] in "IF":
-            raise InputError(f"{path}: has more than 8 bits a channel ({image.mode}); convert it to 8 bits")
+        if image.mode[0] in "IF" or ";16" in str(image.tile[:1]):  # of 16 bits in RGB Pillow keeps 8
+            remedy = ("it looks like a mask: move it to the masks" if looks_like_mask(path) else
+                      "scale its values to 0 to 255, by one factor for all photographs, and save it with 8 "
+                      "bits a channel")
+            raise InputError(f"{path}: has more than 8 bits a channel; {remedy}")
         return upright(image)
 
 
 def upright(image):
     """An open Pillow image, turned as its EXIF says."""
-    orientation = None
     if "exif" in image.info or image.format == "TIFF":  # of others, getexif decodes the image
         with suppress(Exception):  # an EXIF that cannot be read says nothing
-            orientation = image.getexif().get(ExifTags.Base.Orientation)
-    if orientation in TURNS and image.format == "TIFF":
-        image.load()  # it turns itself
-    elif orientation in TURNS:
-        image = image.transpose(Image.Transpose(TURNS[orientation]))  # exif_transpose rewrites the EXIF
+            if image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9):
+                image.info.pop("exif", None)  # exif_transpose would write it anew, which may fail
+                return ImageOps.exif_transpose(image)
     return image
+
+
+def read_mask(path):
+    """(pixels, colours) of a mask: (H, W) indices and their (256,) colours; (H, W) ids, grey values or bits,
+    and None; or None and the (H, W) colours. A colour is the number r + 256 g + 65536 b."""
+    with reading(path):
+        if path.suffix.lower() == ".npy":
+            return whole_numbers(np.load(path)), None
+        with Image.open(path) as opened:
+            how, picture = str(opened.tile[:1]), upright(opened)
+            if picture.mode in ("1", "L", "F") or picture.mode[0] == "I":
+                scale = 17 if "'L;4" in how else 85 if "'L;2" in how else 1  # as Pillow scales few bits
+                pixels = whole_numbers(np.array(picture))
+                return pixels if scale == 1 else pixels // scale, None
+            if picture.mode == "P" and opened.format != "GIF":  # whose indices are in any order
+                ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
+                ramp.putpalette(picture.getpalette())
+                return np.array(picture), colours_of(ramp)[0]
+            if ";16" in how:
+                raise InputError(f"{path}: has channels of 16 bits; export it with 8 bits a channel")
+            return None, colours_of(picture)
+
+
+def colours_of(picture):
+    pixels = picture.convert("RGB").tobytes("raw", "RGBX")
+    return np.frombuffer(pixels, "<u4").reshape(picture.height, picture.width) & 0xFFFFFF
+
+
+def whole_numbers(pixels):
+    """(H, W) numbers of any type as ids, and labelme's -1 as 255. Raises ValueError for others."""
+    if pixels.dtype.kind in "if":
+        pixels = np.where(pixels == -1, IGNORE, pixels)
+        if (pixels < 0).any() or (pixels % 1).any():
+            raise ValueError("not whole numbers from 0 on")
+        pixels = pixels.astype(np.int64)
+    if pixels.ndim != 2:
+        raise ValueError("not one number a pixel")
+    return pixels
+
+
+def read_colours(path):
+    """read_mask(path), where ids, grey values and bits have the colours of grey values."""
+    pixels, colours = read_mask(path)
+    if colours is None:
+        with reading(path):
+            pixels = pixels * np.uint8(255) if pixels.dtype == bool else pixels
+            if pixels.max() > IGNORE:
+                pixels = whole_numbers(np.where(pixels > IGNORE, pixels / 257, pixels))  # 65535 is white
+            colours = np.arange(max(256, pixels.max() + 1)) * 0x010101
+    return pixels, colours
+
+
+@lru_cache(maxsize=4096)
+def labels_by_colour(path, changed, label_map, classes):
+    """(shape, packed bytes) of the labels of a mask that is read through the label map. They are kept, until
+    the file is `changed`: it takes four times as long to decode a PNG in colour as one of indices."""
+    pixels, colours = read_colours(path)
+    table = np.zeros(1 << 24, np.uint16)  # 1 + id; zeros take no memory where nobody looks
+    for (r, g, b), label in label_map:
+        table[r | g << 8 | b << 16] = 1 + (IGNORE if label == "ignore" else classes.index(label))
+    labels = table[colours] if pixels is None else table[colours][pixels]
+    if not labels.all():
+        lacking = np.unique((colours if pixels is None else colours[pixels])[labels == 0])
+        raise InputError(f"{path}: holds colours that labelmap.txt lacks: "
+                         f"{short_list(map(written, lacking))}; add a line for each there")
+    return labels.shape, zlib.compress((labels - 1).astype(np.uint8), 1)
+
+
+def written(colour):
+    return f"({colour & 255},{colour >> 8 & 255},{colour >> 16})"
+
+
+def looks_like_mask(path):
+    """Whether a picture has few colours, as label images have and photographs have not."""
+    with suppress(Exception), Image.open(path) as picture:
+        dense = {"PNG": 0.3, "JPEG": 0, "WEBP": 0}.get(picture.format, 1.1)  # most need not be decoded
+        if path.stat().st_size < 1024 + dense * picture.width * picture.height:
+            colours = np.unique(picture) if picture.mode[0] in "IF" else picture.getcolors(FEW_COLOURS) or ()
+            return 2 <= len(colours) <= FEW_COLOURS
+    return False
 
 
 @contextmanager
@@ -168,7 +270,7 @@ def reading(path):
 def unreadable(path, error):
     reason, remedy = (str(error) or type(error).__name__).splitlines()[0], "replace or remove it"
     if isinstance(error, FileNotFoundError):
-        return f"{path}: " + ("a link to nothing; remove it" if path.is_symlink() else "no such file")
+        return f"{path}: " + ("broken symbolic link; remove it" if path.is_symlink() else "no such file")
     if isinstance(error, PermissionError):
         reason, remedy = error.strerror, f"allow it: {shlex.join(['chmod', '-R', 'u+rwX', str(path)])}"
     if isinstance(error, UnicodeError):
@@ -177,14 +279,115 @@ def unreadable(path, error):
         reason, remedy = f"more than {2 * Image.MAX_IMAGE_PIXELS // 10 ** 6} megapixels", "tile or shrink it"
     if isinstance(error, UnidentifiedImageError):
         with open(path, "rb") as file:
-            heic = file.read(8)[4:] == b"ftyp"
-        reason, remedy = ("HEIC or AVIF", "convert it to JPEG") if heic else ("not an image", remedy)
+            start = file.read(12)
+        if start[4:8] == b"ftyp":
+            reason, remedy = "HEIC or AVIF", "convert it to JPEG"
+        elif start[:2] in (b"II", b"MM") and {42, 43} & {*start[2:4]}:
+            reason = "a kind of TIFF that Pillow does not know, such as of 64-bit integers or three floats"
+            remedy = "save it again as uint8"
+        else:
+            reason = "not an image"
     return f"{path}: cannot be read ({reason}); {remedy}"
 
 
 def short_list(items, most=3):
     items = [str(item) for item in items]
     return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
+
+
+def walk(top, links_below=None):
+    """Yields the paths of the files below a folder, none hidden, a folder after the other and each folder
+    once, whatever links to it. With `links_below`, a look around: links to folders are followed only in those
+    folders, and folders that may not be read are passed over."""
+    folders, links, seen = [str(top)], [], set()
+    while folders or links:
+        folder = (folders or links).pop(0)  # links last: a folder is known by its own name
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        try:
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except PermissionError:
+            if links_below is None:
+                raise
+            entries = []
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if not entry.is_dir():
+                yield Path(entry.path)
+            elif not entry.is_symlink():
+                folders.append(entry.path)
+            elif links_below is None or f"{entry.path}/".startswith(links_below):
+                links.append(entry.path)
+
+
+def files_in(folder, suffixes):
+    """The files of a folder with one of the suffixes, sorted; where it has none itself, those below it and
+    behind its links. Hidden ones are left out."""
+    found = [path for path in walk(folder) if path.suffix.lower() in suffixes] if folder.is_dir() else []
+    return sorted([path for path in found if path.parent == folder] or found)
+
+
+def tails(path):
+    """a/b/c, b/c and c."""
+    parts = path.split("/")
+    return ["/".join(parts[i:]) for i in range(len(parts))]
+
+
+def name_in(folder, path):
+    """A file's path in a folder without suffix, in Unicode's form NFC, whatever a file system uses."""
+    return unicodedata.normalize("NFC", os.path.splitext(str(path)[len(str(folder)) + 1:])[0])
+
+
+def in_folder(name, *folders):
+    """Whether a path without suffix leads through a folder of one of these names."""
+    return not {*folders}.isdisjoint(name.lower().split("/")[:-1])
+
+
+def with_ids(folder, files, images=None):
+    """id -> file. The id of a photograph is its stem, or where several have it, as in train/ and val/, its
+    path in the folder without suffix; but a test set, in test/, changes no other id. The id of a mask is its
+    photograph's in `images`, else its stem."""
+    names, found = [name_in(folder, path) for path in files], {}
+    count = Counter(tails(name)[-1] for name in {*names})
+    tests = Counter(tails(name)[-1] for name in {*names} if in_folder(name, "test"))
+    for path, name in zip(files, names):
+        *_, stem = ways = tails(name)
+        if images is None:
+            name = stem if count[stem] - (0 if in_folder(name, "test") else tests[stem]) == 1 else name
+        else:
+            name = next((way for way in ways if way in images), stem)
+        if re.search("[\n\r\ud800-\udfff]", name):  # the latter: bytes that are no UTF-8
+            raise InputError(f"{folder}: a file has the strange name {ascii(path.name)}; rename it")
+        other = found.setdefault(name, path)
+        if images is not None and other.parent != path.parent:
+            raise InputError(f"{other.parent} and {path.parent}: each has a mask of {name}, as if each held "
+                             f"the masks of one class; an image has one mask: merge them into "
+                             f"{folder / name}.png, and so on, where each pixel is the id of its class")
+        if images is None and other != path:
+            masks, remedy = [*filter(looks_like_mask, (other, path))], "two files of one name; rename one"
+            if masks:
+                remedy = (f"a photograph and a mask; move the masks, such as {masks[0].name}, into a folder "
+                          f"masks/ beside {folder.name}/")
+            raise InputError(f"{other} and {path}: {remedy}")
+    return found
+
+
+def stems(folder, suffixes=(".png",)):
+    return with_ids(folder, files_in(folder, suffixes))
+
+
+def mask_files(root, folders=MASK_FOLDERS):
+    """(folder, files): the masks of own data, in the first of the folders that has PNGs, or other kinds; of
+    two files of one name the first is meant."""
+    for suffixes in (".png",), MASK_SUFFIXES:
+        for folder in folders:
+            if files_in(root / folder, suffixes):
+                return root / folder, sorted(files_in(root / folder, MASK_SUFFIXES), key=lambda path: (
+                    MASK_SUFFIXES.index(path.suffix.lower())))
+    return root / folders[-1], []
 
 
 def open_data(dataset, root=None):
@@ -220,23 +423,29 @@ def find_folder(root, child, parents):
 
 
 def open_voc(root):
-    """PASCAL VOC 2012, with SBD's masks in SegmentationClassAug/ for the blended training set; only
-    VOC's own training ids are `labelled`."""
-    root = find_folder(root, "JPEGImages", (".", "VOC2012", "VOCdevkit/VOC2012", ".."))
-    lists = root / "ImageSets" / "Segmentation"
-    voc_train, val = read_list(lists / "train.txt"), read_list(lists / "val.txt")
-    blended = stems(root / "SegmentationClassAug")
-    own = stems(root / "SegmentationClass")
+    """PASCAL VOC 2012, with SBD's masks in SegmentationClassAug/ for the blended training set, or all masks
+    in SegmentationClass/, as UniMatch and U2PL have them; only VOC's own training ids are `labelled`."""
+    root = find_folder(root, *VOC_PLACES)
+    lists = [root / "ImageSets" / "Segmentation" / name for name in ("train.txt", "val.txt")]
+    missing = [path for path in lists if not path.exists()]
+    if missing:
+        raise InputError(f"{missing[0]}: no such file; copy train.txt and val.txt there from VOC's archive "
+                         f"(ImageSets/Segmentation/), or from UniMatch's repository (splits/pascal/: "
+                         f"1464/labeled.txt is the train.txt)")
+    voc_train, val = map(read_list, lists)
+    own, blended = stems(root / "SegmentationClass"), stems(root / BLENDED_MASKS)
+    if not blended and own.keys() - {*voc_train, *val}:
+        blended = own
     if not blended:
-        raise InputError(f"{root / 'SegmentationClassAug'}: no masks; the blended training set needs "
-                         f"SBD's: {command('prepare.py', 'voc', root, '--download')}")
-    train = sorted((set(blended) | set(voc_train)) - set(val))
+        raise InputError(f"{root / BLENDED_MASKS}: no masks; the blended training set needs SBD's: "
+                         f"{command('prepare.py', 'voc', root, '--download')}")
+    train = sorted({*blended, *voc_train} - {*val})
     images = {name: root / "JPEGImages" / f"{name}.jpg" for name in train + val}
     return SegmentationData(VOC_CLASSES, voc_palette(21), images, blended | own, train, val, voc_train)
 
 
 def open_cityscapes(root):
-    """Cityscapes: leftImg8bit/ and gtFine/, with labelTrainIds or only labelIds masks."""
+    """Cityscapes: leftImg8bit/ and gtFine/; where an image has no labelTrainIds its labelIds are mapped."""
     root = find_folder(root, "leftImg8bit", (".", "cityscapes", ".."))
     if not (root / "gtFine").is_dir():
         raise InputError(f"{root}: no folder gtFine/ in it; unpack gtFine_trainvaltest.zip there")
@@ -246,17 +455,12 @@ def open_cityscapes(root):
             name = path.name.removesuffix("_leftImg8bit.png")
             names.append(name)
             images[name] = path
-            city = path.parent.relative_to(root / "leftImg8bit")
-            masks[name] = root / "gtFine" / city / f"{name}_gtFine_labelTrainIds.png"
-    label_ids = None
-    if not any(path.exists() for path in masks.values()):
-        masks = {name: path.with_name(path.name.replace("TrainIds", "Ids"))
-                 for name, path in masks.items()}
-        label_ids = np.full(256, IGNORE, np.uint8)
-        label_ids[[label_id for label_id, _ in CITYSCAPES.values()]] = range(19)
-    masks = {name: path for name, path in masks.items() if path.exists()}
+            city = root / "gtFine" / path.parent.relative_to(root / "leftImg8bit")
+            for kind in ("labelIds", "labelTrainIds"):
+                if (city / f"{name}_gtFine_{kind}.png").exists():
+                    masks[name] = city / f"{name}_gtFine_{kind}.png"
     return SegmentationData(list(CITYSCAPES), [colour for _, colour in CITYSCAPES.values()], images,
-                            masks, lists["train"], lists["val"], lists["train"], label_ids)
+                            masks, lists["train"], lists["val"], lists["train"])
 
 
 def open_custom(root):
@@ -271,67 +475,112 @@ def open_custom(root):
                          f"{short_list(path.name for path in folders) or 'no folder'}); give the folder "
                          f"that holds one of them, or call the folder of the photographs images/, and that "
                          f"of the masks masks/")
-    for mask_folder in (root / name for name in MASK_FOLDERS):
-        masks = stems(mask_folder)
-        if masks:
-            break
-    label_map = root / "labelmap.txt"
-    if label_map.exists() and root / "SegmentationClassIds" not in folders:
-        raise InputError(f"{label_map}: says that the masks are told by colour; make class ids of them: "
-                         f"{command('prepare.py', 'custom', root, '--convert')}")
-    classes = read_class_names(root / "class_names.txt")
-    images, notes = stems(photographs, IMAGE_SUFFIXES), []
-    test = stems(photographs, IMAGE_SUFFIXES, test=True)
-    test = {name: test[name] for name in test.keys() - images.keys()}
+    label_map = read_label_map(root / "labelmap.txt")
+    classes = class_names(root, label_map)
+    images = stems(photographs, IMAGE_SUFFIXES)
+    folder, files = mask_files(root, MASK_FOLDERS if label_map else (OLD_MASKS, *MASK_FOLDERS))
+    masks, notes = with_ids(folder, files, images), []
+
+    names = {image: name_in(photographs, path) for image, path in images.items()}
+    test = [image for image, name in names.items() if in_folder(name, "test")]
+    held_out = [image for image, name in names.items() if in_folder(name, "val", "valid", "validation")]
     listed = root / "ImageSets" / "Segmentation"
     lists = {path.name.lower(): path for path in sorted(listed.glob("*"))}
     train_list, val_list = lists.get("train.txt"), lists.get("val.txt") or lists.get("validation.txt")
-    train = sorted(read_list(train_list, images) if train_list else images)
-    held_out = sorted(name for name in images.keys() & masks.keys() if {"val", "valid", "validation"} & {
-        part.lower() for part in images[name].relative_to(photographs).parts[:-1]})
+    train = read_list(train_list, images) if train_list else images.keys() - {*test, *held_out}
     if val_list:
         val = read_list(val_list, images)
     else:
         # By its name alone, so that an image stays where it is when other masks are added or removed.
         draw = {name: np.random.default_rng([*name.encode()]).random() for name in train if name in masks}
         tenth = min(sum(value < 0.1 for value in draw.values()), len(draw) // 5)
-        val = held_out or sorted(sorted(draw, key=draw.get)[:max(1, tenth)])
+        in_val = sorted(name for name in held_out if name in masks)
+        val = in_val or sorted(sorted(draw, key=draw.get)[:max(1, tenth)])
         notes = [f"no {listed / 'val.txt'}: validation takes {len(val)} of the {len({*draw, *val})} labelled "
-                 f"images, {'those of the folder val/' if held_out else 'about a tenth, by their names'}"]
-    if not val_list or not train_list:
-        train = sorted({*train} - {*val})
-    labelled = [name for name in train if name in masks]
-    masks |= {name: path for name, path in stems(mask_folder, test=True).items() if name in test}
-    return SegmentationData(classes, voc_palette(len(classes)), images | test, masks, train, val, labelled,
-                            notes=notes, folders=(photographs, mask_folder), test=sorted(test))
+                 f"images, {'those of the folder val/' if in_val else 'about a tenth, by their names'}"]
+    train = sorted(train if val_list and train_list else {*train} - {*val})
+    return SegmentationData(
+        classes, own_palette(classes, label_map, masks), images, masks, train, val,
+        [name for name in train if name in masks], notes, folders=(photographs, folder), label_map=label_map,
+        test=sorted(test), bare=sorted({*held_out} - masks.keys() - {*train, *val}))
+
+
+def own_palette(classes, label_map, masks):
+    """The colours of the label map, else of an index PNG among the first masks, where they can be told apart;
+    else distinct_palette's."""
+    distinct, shown = distinct_palette(len(classes)), {name: c for c, name in reversed(label_map.items())}
+    for path in [] if label_map else list(masks.values())[:8]:
+        with suppress(InputError):
+            pixels, colours = read_mask(path)
+            if pixels is not None and colours is not None:
+                shown = dict(zip(classes, ((c & 255, c >> 8 & 255, c >> 16) for c in colours.tolist())))
+                break
+    found = np.array([shown.get(name, colour) for name, colour in zip(classes, distinct)])
+    differ = abs(found[:, None] - found).max(2) + 255 * np.eye(len(found), dtype=int)
+    return [*map(tuple, found.tolist())] if differ.min() > 24 else distinct
+
+
+def read_label_map(path):
+    """Lines of label:r,g,b:parts:actions, and # comments -> {(r, g, b): label}; {} without such a file."""
+    lines = [line.strip() for line in read_lines(path)] if path.exists() else []
+    entries = [re.match(r"(.+?):\s*(\d+),\s*(\d+),\s*(\d+)\s*(:|$)", line)
+               for line in lines if line and not line.startswith("#")]
+    labels = {tuple(map(int, entry.groups()[1:4])): entry[1].strip() for entry in entries if entry}
+    if path.exists() and not (0 < len(labels) == len(entries) and len({*labels.values()}) <= IGNORE
+                              and max(map(max, labels)) <= 255):
+        raise InputError(f"{path}: not 1 to 255 lines of label:r,g,b:parts:actions, each of its own colour; "
+                         f"fix it")
+    if "?" in labels.values():
+        raise InputError(f"{path}: still has ? for a name; put the name of the colour's class there (ignore, "
+                         f"if it is none)")
+    return labels
+
+
+def class_names(root, label_map):
+    """The names in class_names.txt, or without it in the label map. Black without a line there is ignored
+    from here on, unless background is a class."""
+    names_file, map_file = root / "class_names.txt", root / "labelmap.txt"
+    known = [label for label in dict.fromkeys(label_map.values()) if label != "ignore"]
+    names = read_class_names(names_file) if names_file.exists() or not label_map else known
+    unnamed = [label for label in known if label not in names]
+    if unnamed:
+        raise InputError(f"{names_file}: lacks {short_list(unnamed)}, which {map_file} names; make them "
+                         f"agree, or remove {names_file}")
+    if len(names) < 2:
+        raise InputError(f"{map_file}: one class alone; add a line for the rest, such as background:0,0,0")
+    if label_map and "background" not in names:
+        label_map.setdefault((0, 0, 0), "ignore")
+    return names
 
 
 def read_class_names(path):
     """The names in class_names.txt: a line's number, from 0, is the class id."""
-    names = read_lines(path) if path.exists() else []
+    names = [line.strip() for line in read_lines(path)] if path.exists() else []
     while names and not names[-1]:
         names.pop()
+    count, other = [*range(len(names))], [name for name in ("classes.txt", "labels.txt", "codes.txt")
+                                          if path.with_name(name).exists()]
     comments = [name for name in names if re.match(r"#(\s|$)", name)]
-    numbers = [int(number[1]) for name in names if (number := re.match(r"(\d+)(?:\W|$)", name))]
-    if not names:
-        other = [f"; or rename {name}, if it is that" for name in ("classes.txt", "labels.txt")
-                 if path.with_name(name).exists()]
-        text = f"missing or empty; write one class name a line, in the order of the ids{''.join(other[:1])}"
-    elif "__ignore__" in names:
-        text = "__ignore__ is 255 in the masks, and no class; remove its line"
-    elif comments:
-        text = f"'{comments[0]}' would be the name of a class; remove this line"
-    elif not all(names) or not 2 <= len(names) <= IGNORE:
-        text = (f"{len(names)} lines; from 2 to {IGNORE} are needed, one class name a line, none of them "
-                f"empty: a line's number, from 0, is its class id")
-    elif len({*names}) < len(names):
-        text = f"{max(names, key=names.count)} stands there twice; give each class a name of its own"
-    elif len(numbers) == len(names) and numbers != [*range(len(names))]:
-        text = (f"numbered from {numbers[0]}, but a line's number, from 0, is its class id; write a line "
-                f"for each id in the masks, from 0, without numbers")
-    else:
-        return names
-    raise InputError(f"{path}: {text}")
+    twice = [name for name in names if names.count(name) > 1]
+    numbered = [match.groups() for match in (re.match(r"(\d+)\b\W*(.*)", name) for name in names) if match]
+    numbers, rests = [int(number) for number, _ in numbered], {rest for _, rest in numbered}
+    numbering = sorted(numbers) in (count, [i + 1 for i in count]) and (  # and not 1 inch, 2 inch
+        len(rests) == len(names) or rests == {""})
+    for wrong, text in (
+            (not names, "missing or empty; write one class name a line, in the order of the ids"
+                        + (f"; or rename {other[0]}, if it is that" if other else "")),
+            ("__ignore__" in names, "__ignore__ is 255 in the masks, and no class; remove its line"),
+            (comments, f"{comments[:1]} would be the name of a class; remove this line"),
+            (not all(names) or not 2 <= len(names) <= IGNORE,
+             f"{len(names)} lines; from 2 to {IGNORE} are needed, one class name a line, none of them empty: "
+             f"a line's number, from 0, is its class id"),
+            (twice, f"{twice[:1]} is listed twice; give each class a name of its own"),
+            (numbering and numbers != count,
+             f"numbered {short_list(numbers)}, but a line's number, from 0, is its class id; write a line "
+             f"for each id in the masks, from 0, without numbers")):
+        if wrong:
+            raise InputError(f"{path}: {text}")
+    return names
 
 
 def read_lines(path):
@@ -339,37 +588,7 @@ def read_lines(path):
         text = path.read_text("utf-8-sig")
         if "\0" in text:  # UTF-16 without its mark
             raise UnicodeError
-        return [line.strip() for line in text.splitlines()]
-
-
-def files_in(folder, suffixes):
-    """The files of a folder with one of the suffixes, sorted; where it has none itself, those in its
-    subfolders and behind its links. Hidden ones are left out."""
-    if folder.is_dir():
-        os.listdir(folder)  # a PermissionError, which glob would leave out
-    for pattern in ("*", "**/*"):
-        found = sorted(folder / name for name in glob(pattern, root_dir=folder, recursive=True)
-                       if os.path.splitext(name)[1].lower() in suffixes)
-        if found:
-            break
-    return found
-
-
-def stems(folder, suffixes=(".png",), test=False):
-    """stem -> file, of files_in(folder, suffixes), sorted, but for those in test/, or of those alone. Stems
-    are in Unicode's form NFC, whatever the file system or a list uses."""
-    found = {}
-    for path in files_in(folder, suffixes):
-        if ("test" in map(str.lower, path.relative_to(folder).parts[:-1])) != test:
-            continue
-        stem = unicodedata.normalize("NFC", path.stem)
-        if re.search("[\n\ud800-\udfff]", stem):  # the latter: bytes that are no UTF-8
-            raise InputError(f"{folder}: a file has the strange name {ascii(path.name)}; rename it")
-        if stem in found:
-            raise InputError(f"{path} and {found[stem]}: two files for one id; rename one, remove it, or, "
-                             f"if it is a mask, move it away from the photographs")
-        found[stem] = path
-    return found
+        return text.split("\n")
 
 
 def read_list(path, known=()):
@@ -377,17 +596,20 @@ def read_list(path, known=()):
     JPEGImages/ID.jpg with or without its mask behind it, or leftImg8bit/train/CITY/ID_leftImg8bit.png. A #
     and a space open a comment."""
     ids = []
-    for line in filter(None, read_lines(path)):
-        if re.match(r"#(\s|$)", line):
-            continue
-        file = re.match(r"(.+?)\.(?:jpe?g|jfif|png|bmp|webp|tiff?)(?:\s|$)", line, re.IGNORECASE)
-        name = re.split(r"[/\\]", file[1] if file else line)[-1].removesuffix("_leftImg8bit")
-        ids.append(unicodedata.normalize("NFC", line if line in known else name))
-    twice = sorted(name for name in set(ids) if ids.count(name) > 1) if len(set(ids)) < len(ids) else []
+    for line in read_lines(path):
+        line = unicodedata.normalize("NFC", line)
+        line = line if line in known else line.strip()
+        if line in known:
+            ids.append(line)
+        elif line and not re.match(r"#(\s|$)", line):
+            file = re.match(r"(.+?)\.(?:jpe?g|jfif|png|bmp|webp|tiff?)(?:\s|$)", line, re.IGNORECASE)
+            ways = tails((file[1] if file else line).replace("\\", "/"))
+            ids.append(next((way for way in ways if way in known), ways[-1].removesuffix("_leftImg8bit")))
+    twice = sorted(name for name, count in Counter(ids).items() if count > 1)
     if twice:
         raise InputError(f"{path}: ids listed twice: {short_list(twice)}; keep one line of each")
     if not ids:
-        raise InputError(f"{path}: is empty; write an id a line")
+        raise InputError(f"{path}: is empty; write one id per line")
     return ids
 
 

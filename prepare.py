@@ -1,86 +1,93 @@
-"""Is the data fit to train on? Checks it, downloads it, converts it.
+"""Is the data fit to train on? Checks it, downloads it, writes its label map.
 
     python prepare.py --dataset NAME --data-root DIR       says what is there, wrong with it, and unused
     python prepare.py --dataset voc --download             downloads and prepares PASCAL VOC 2012 and SBD
-    python prepare.py --dataset custom --data-root DIR --convert   masks told by colour -> index masks
+    python prepare.py --dataset custom --data-root DIR --colours   which colour of the masks is which class
 
 Stopped anywhere, the same command resumes: what is unfinished is called .part, and takes its own
 name only when it is complete. What the user has is read, never changed.
 """
 
 import argparse
-import filecmp
+import errno
 import os
-import re
 import shutil
-import socket
 import sys
 import tarfile
 import zlib
+from collections import Counter
 from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
+from shlex import quote
 from statistics import median
+from urllib.request import Request, urlopen
 
 import numpy as np
+import torch
 from PIL import Image
 from torchvision.datasets import SBDataset
-from torchvision.datasets.utils import check_integrity, download_url
+from torchvision.datasets.utils import check_integrity
 from torchvision.datasets.voc import DATASET_YEAR_DICT
 
-from check import check_data, originals, written
+from check import check_data
 from data import (
+    BLENDED_MASKS,
     IGNORE,
     MASK_FOLDERS,
     SPLITS,
+    TRAINING_SETS,
+    VOC_PLACES,
     InputError,
+    command,
+    find_folder,
+    mask_files,
     open_data,
+    open_voc,
     read_class_names,
-    read_lines,
+    read_colours,
     read_list,
     reading,
     short_list,
     split_ids,
     stems,
-    upright,
     voc_palette,
+    written,
 )
+from ranks import progress
 from settings import PROTOCOLS, protocol
 
-TRAINING_IDS = 10582  # VOC train and all of SBD, without VOC val
 TIMEOUT = 60  # seconds for which a server may say nothing
 AGAIN = "run the same command again"
-CODE = np.array([1 << 16, 1 << 8, 1])  # of a colour
+BLACK, WHITE = 0, 0xFFFFFF  # codes of colours
 
 
 def download_voc(root):
     """Download VOC 2012 and SBD, and make SegmentationClassAug/, a mask for each of the 10,582 ids.
 
-    3.4 GB come from torchvision's addresses, under its checksums; about 8 GB of disk hold it all.
-    A VOC 2012 where open_voc looks for it, benchmark_RELEASE/ and the two archives in `root` are
-    used if they are there.
+    3.4 GB come from torchvision's addresses, under its checksums; about 8 GB of disk hold it all. What
+    open_voc finds, benchmark_RELEASE/ and the two archives in `root` are used if they are there.
     """
-    folder, url, file, md5 = (DATASET_YEAR_DICT["2012"][key]
-                              for key in ("base_dir", "url", "filename", "md5"))
-    voc = next((root / parent for parent in (".", "VOC2012", "VOCdevkit/VOC2012", "..")
-                if (root / parent / "JPEGImages").is_dir()), None)
-    if voc is None or not stems(voc / "SegmentationClassAug"):
-        try:
-            from scipy.io import loadmat
-        except ImportError:
-            raise InputError(f"--download: reading SBD's .mat masks needs scipy; pip install scipy, and "
-                             f"{AGAIN}") from None
-        voc = voc or unpacked(root, folder, url, file, md5)
-        make_blended_masks(voc, root, loadmat)
-    lists, masks = voc / "ImageSets" / "Segmentation", voc / "SegmentationClassAug"
-    ids = {*stems(masks), *read_list(lists / "train.txt")} - {*read_list(lists / "val.txt")}
-    demand_count(ids, masks)
-    print(f"{masks}: {len(ids)} training ids. {file}, {SBDataset.filename} and "
-          f"benchmark_RELEASE/ in {root} may now be removed")
+    try:
+        train = open_voc(root).train
+    except InputError:  # not there, or not complete
+        make_blended_masks(root)
+        train = open_voc(root).train
+    demand_count(train, find_folder(root, *VOC_PLACES) / BLENDED_MASKS)
+    print(f"{root}: {len(train)} training ids. The archives and benchmark_RELEASE/ in it may now be removed")
 
 
-def make_blended_masks(voc, root, loadmat):
-    """Make voc/SegmentationClassAug/ID.png: VOC's own mask where it has one, else SBD's."""
+def make_blended_masks(root):
+    """Make SegmentationClassAug/ID.png in the folder of VOC: VOC's own mask where it has one, else SBD's."""
+    try:
+        from scipy.io import loadmat
+    except ImportError:
+        raise InputError(f"--download: reading SBD's .mat masks needs scipy; pip install scipy, and "
+                         f"{AGAIN}") from None
+    try:
+        voc = find_folder(root, *VOC_PLACES)
+    except InputError:
+        voc = unpacked(root, *map(DATASET_YEAR_DICT["2012"].get, ("base_dir", "url", "filename", "md5")))
     lists = [f"ImageSets/Segmentation/{part}.txt" for part in ("train", "val")]
     demand(voc, lists)
     train, val = (read_list(voc / file) for file in lists)
@@ -93,9 +100,9 @@ def make_blended_masks(voc, root, loadmat):
     demand(voc, [f"JPEGImages/{name}.jpg" for name in ids])
     demand(sbd, [f"cls/{name}.mat" for name in ids if name not in own])
 
-    part = voc / "SegmentationClassAug.part"
+    part = voc / f"{BLENDED_MASKS}.part"
     part.mkdir(exist_ok=True)
-    for number, name in enumerate(ids, 1):
+    for name in progress(ids, "masks written"):
         if (part / f"{name}.png").exists():
             continue
         path = own.get(name, sbd / "cls" / f"{name}.mat")
@@ -105,9 +112,7 @@ def make_blended_masks(voc, root, loadmat):
         if labels.ndim != 2 or ((labels > 20) & (labels != IGNORE)).any():
             raise InputError(f"{path}: not a map of VOC's 21 classes; replace it, and {AGAIN}")
         write_png(labels, voc_palette(21), part / f"{name}.png")
-        if number % 1000 == 0:
-            print(f"{part}: {number} of {len(ids)} masks", flush=True)
-    os.replace(part, voc / "SegmentationClassAug")
+    os.replace(part, voc / BLENDED_MASKS)
 
 
 def demand(folder, files):
@@ -118,9 +123,9 @@ def demand(folder, files):
 
 
 def demand_count(ids, source):
-    if len(ids) != TRAINING_IDS:
-        raise InputError(f"{source}: gives {len(ids)} training ids, but the protocol has {TRAINING_IDS}; "
-                         f"move that folder away, and {AGAIN}")
+    if len(ids) != TRAINING_SETS["voc"]:
+        raise InputError(f"{source}: gives {len(ids)} training ids, but the protocol has "
+                         f"{TRAINING_SETS['voc']}; move that folder away, and {AGAIN}")
 
 
 def unpacked(root, folder, url, filename, md5):
@@ -153,156 +158,104 @@ def fetch(url, archive, md5):
     if check_integrity(archive, md5):
         return
     print(f"{url} -> {archive}", flush=True)
-    remedy = f"{AGAIN}, or copy the file from elsewhere to {archive}"
+    part, remedy = Path(f"{archive}.part"), f"{AGAIN}, or copy the file from elsewhere to {archive}"
+    archive.parent.mkdir(parents=True, exist_ok=True)
     try:
-        socket.setdefaulttimeout(TIMEOUT)  # urllib alone would wait for ever
-        download_url(url, archive.parent.absolute(), f"{archive.name}.part", md5)
-        os.replace(f"{archive}.part", archive)
-    except (OSError, HTTPException, RecursionError) as error:  # the last: redirects without end
+        request = Request(url, headers={"User-Agent": "HagSeg"})
+        with urlopen(request, timeout=TIMEOUT) as response, open(part, "wb") as file:
+            megabytes = iter(lambda: response.read(1 << 20), b"")
+            for some in progress(megabytes, "MB", int(response.headers["Content-Length"] or 0) >> 20):
+                file.write(some)
+    except (OSError, HTTPException) as error:
         raise InputError(f"{url}: cannot be fetched ({error}); {remedy}") from None
-    except RuntimeError:  # the checksum
+    if not check_integrity(part, md5):
         raise InputError(f"{archive}: truncated, or another file, as {url} gave it (its md5 is not {md5}); "
-                         f"{remedy}") from None
-    finally:
-        socket.setdefaulttimeout(None)
+                         f"{remedy}")
+    os.replace(part, archive)
 
 
-def convert_masks(root):
-    """Masks that are told by colour -> SegmentationClassIds/, index PNGs of class ids.
+def write_label_map(root):
+    """Write labelmap.txt, which says which colour of the masks is which class, unless it is there.
 
-    labelmap.txt says which colour is which class; the ids are those of class_names.txt, or if it is not
-    there yet, of the label map's own order. Black is ignored (255) where the label map has neither
-    "background" nor a black label. Without a label map, black and white beside two class names and grey
-    values that are ids already are taken as such; for other colours it is written, and asks for names.
-    Run again, it adds the masks that are new; what it would have to change is an InputError.
+    What is known is proposed: an index or a grey value is a class id, and of two classes the first is black,
+    the second white. Every other colour gets a ?, which is refused until the user has replaced it.
     """
-    names_file, label_map, final, part = (root / name for name in (
-        "class_names.txt", "labelmap.txt", "SegmentationClassIds", "SegmentationClassIds.part"))
-    folder, masks = originals(root)
-    if not masks:
-        raise InputError(f"{root}: no masks to convert in {'/, '.join(MASK_FOLDERS[1:])}/; give the folder "
-                         f"that holds one of them as --data-root")
-    found = colours_of(masks)
-    if len(found) == 1:
-        raise InputError(f"{folder}: its masks hold the colour {written(*found)} alone; export them again, "
-                         f"with a colour for each class, and without transparency, and {AGAIN}")
+    label_map, names_file = root / "labelmap.txt", root / "class_names.txt"
+    if label_map.exists():
+        return
+    folder, files = mask_files(root)
+    if not files:
+        raise InputError(f"{root}: no masks in {'/, '.join(MASK_FOLDERS)}/; give the folder that holds one "
+                         f"of them as --data-root")
     names = read_class_names(names_file) if names_file.exists() else []
-    labels = read_label_map(label_map) if label_map.exists() else plain_labels(found, names)
-    if not labels:
-        ask_for_names(label_map, folder, found, names)
-    known = list(dict.fromkeys(label for label in labels.values() if label != "ignore"))
-    if "background" not in known:
-        labels.setdefault((0, 0, 0), "ignore")
-    strange = sorted(found.keys() - labels.keys())
-    unnamed = [label for label in known if names and label not in names]
-    if strange:
-        raise InputError(f"{found[strange[0]][1]}: holds colours that {label_map} has not: "
-                         f"{short_list(map(written, strange))}; add them there, and {AGAIN}")
-    if unnamed:
-        raise InputError(f"{names_file}: has not {short_list(unnamed)}, which {label_map} has; make them "
-                         f"agree, or remove {names_file}, and {AGAIN}")
-    names = names or known
-    if len(names) < 2:
-        raise InputError(f"{label_map}: one class alone; add a line for the rest, such as background:0,0,0, "
-                         f"and {AGAIN}")
-    ids, palette = np.full(1 << 24, IGNORE, np.uint8), voc_palette(len(names))
-    for colour, label in reversed(labels.items()):
-        if label != "ignore":
-            ids[colour @ CODE], palette[names.index(label)] = names.index(label), colour
-    total = sum(count for count, _ in found.values())
-    for colour, (count, path) in sorted(found.items(), key=lambda item: -item[1][0]):
-        print(f"{written(colour):13} -> {ids[colour @ CODE]:3} {labels[colour]:20} {count / total:7.2%} of "
-              f"the pixels, {path.name} for one")
-
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    for name, path in masks.items():
-        write_png(ids[np.asarray(coloured(path)) @ CODE], palette, part / f"{name}.png")
-    for path in stems(final).values():
-        new = part / path.name
-        if not new.exists() or not filecmp.cmp(path, new, shallow=False):
-            raise InputError(f"{path}: not what {folder} now gives; move {final} away, and {AGAIN}")
-    if not names_file.exists():
-        names_file.with_suffix(".part").write_text("".join(f"{name}\n" for name in names), "utf-8")
-        os.replace(names_file.with_suffix(".part"), names_file)
-    if final.exists():
-        for path in stems(part).values():
-            os.replace(path, final / path.name)
-        part.rmdir()
-    else:
-        os.replace(part, final)
-    print(f"{final}: {len(masks)} masks, of the {len(names)} classes in {names_file}")
+    colours = find_colours(files)
+    if len(colours) == 1:
+        raise InputError(f"{folder}: its masks hold the colour {written(*colours)} alone; export them again, "
+                         f"with a colour for each class, and without transparency, and {AGAIN}")
+    labels, total = proposed_labels(colours, names), sum(count for count, *_ in colours.values())
+    shares = {colour: f"{count / total:.2%} of the pixels" for colour, (count, *_) in colours.items()}
+    part = label_map.with_suffix(".part")
+    try:
+        part.write_text("# label:color_rgb:parts:actions\n" + "".join(
+            f"# {shares[colour]}, {path.name} for one\n{labels[colour]}:{written(colour)[1:-1]}::\n"
+            for colour, (_, path, _) in colours.items()), "utf-8")
+        os.replace(part, label_map)
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        here, links = quote(str(root.resolve())), f"{root.resolve().name}-links"
+        raise InputError(f"{label_map}: cannot be written ({error.strerror}); work in a folder of links: "
+                         f"mkdir {quote(links)} && ln -s {here}/* {quote(links)}/ && "
+                         f"{command('prepare.py', 'custom', links, '--colours')}") from None
+    if "?" in labels.values():
+        raise InputError(f"{label_map}: written, with the {len(colours)} colours of {folder}; put the name "
+                         f"of its class in place of each ? (ignore, if it is none), and check it: "
+                         f"{command('prepare.py', 'custom', root)}")
+    print(f"{label_map}: written")
+    for colour, label in labels.items():
+        print(f"{written(colour):13} is {label}, {shares[colour]}")
+    if labels.keys() == {BLACK, WHITE}:
+        print(f"if it is the other way round, swap the two names in {label_map}")
 
 
-def colours_of(masks):
-    """{(r, g, b): [how many pixels of all masks have it, a mask that does]}."""
+def find_colours(files):
+    """{colour: [its pixels, a mask that has it, its ids]} of all masks, the most frequent first. The ids are
+    the indices, bits or grey values that stand for it, None for a colour as such."""
     found = {}
-    for path in masks.values():
-        counts = coloured(path).getcolors(256)
-        if not counts:
+    for path in progress(files, "masks read"):
+        pixels, colours = read_colours(path)
+        if pixels is None:
+            colours, counts = np.unique(colours, return_counts=True)
+            ids = [colour & 255 if colour % 0x010101 == 0 else None for colour in colours.tolist()]
+        else:
+            counts = np.bincount(pixels.ravel(), minlength=len(colours))
+            ids = np.flatnonzero(counts).tolist()
+            colours, counts = colours[ids], counts[ids]
+        if len(colours) > 256:
             raise InputError(f"{path}: more than 256 colours, as smoothed edges or a JPEG give them; export "
                              f"the masks again without that, and {AGAIN}")
-        for count, colour in counts:
-            found.setdefault(colour, [0, path])[0] += count
-    return found
+        for colour, count, i in zip(colours.tolist(), counts.tolist(), ids):
+            entry = found.setdefault(colour, [0, path, set()])
+            entry[0] += count
+            entry[2].add(i)
+    return dict(sorted(found.items(), key=lambda item: -item[1][0]))
 
 
-def coloured(path):
-    """A mask as a Pillow RGB image, whatever holds its colours; ids of 16 bits become grey values."""
-    with reading(path):
-        if path.suffix.lower() == ".npy":
-            grey = np.load(path)
-        else:
-            with Image.open(path) as picture:
-                if picture.mode[0] not in "IF":
-                    return upright(picture).convert("RGB")
-                grey = np.array(upright(picture))
-        grey = np.where(grey == -1, IGNORE, grey)  # labelme's
-        grey = np.where(grey <= IGNORE, grey, grey / 257)  # 0 and 65535
-        if grey.ndim != 2 or not np.isin(grey, range(256)).all():
-            raise InputError(f"{path}: no map of class ids from 0 to 255; export it again")
-        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
-
-
-def plain_labels(colours, names):
-    """{colour: label}, where grey values say it by themselves; else {}."""
-    greys = {colour[0] for colour in colours}
-    ids = greys & {*range(len(names))}
-    if any(len({*colour}) > 1 for colour in colours):
-        return {}
-    if greys == {0, IGNORE} and len(names) == 2:
-        return {(0, 0, 0): names[0], (IGNORE,) * 3: names[1]}
-    if len(ids) < 2 or not greys <= ids | {IGNORE}:
-        return {}
-    return {(grey,) * 3: "ignore" if grey == IGNORE else names[grey] for grey in greys}
-
-
-def ask_for_names(path, folder, colours, names):
-    """Write a label map of the colours found, in which the user is to put the names right."""
-    background = any("background" in name.lower() for name in names)
-    largest = sorted(colours, key=lambda colour: (not any(colour) and not background, -colours[colour][0]))
-    chosen = sorted(colours) if len(colours) <= len(names) else sorted(largest[:len(names)])
-    proposed = dict(zip(chosen, names, strict=False))
-    total = sum(count for count, _ in colours.values())
-    lines = [f"# {count / total:.2%} of the pixels, {file.name} for one\n"
-             f"{proposed.get((r, g, b), 'ignore' if names else '?')}:{r},{g},{b}::\n"
-             for (r, g, b), (count, file) in sorted(colours.items())]
-    path.write_text("".join(["# label:color_rgb:parts:actions\n", *lines]), "utf-8")
-    raise InputError(f"{path}: written, with the {len(colours)} colours of {folder}; put the right name "
-                     f"before each (ignore, if it is no class), and {AGAIN}")
-
-
-def read_label_map(path):
-    """Lines of label:r,g,b:parts:actions, and # comments -> {(r, g, b): label}."""
-    entries = [re.match(r"(.+?):\s*(\d+),\s*(\d+),\s*(\d+)\s*(:|$)", line)
-               for line in read_lines(path) if line and not line.startswith("#")]
-    labels = {tuple(map(int, entry.groups()[1:4])): entry[1].strip() for entry in entries if entry}
-    if not 0 < len(labels) == len(entries) or len({*labels.values()}) > IGNORE or max(map(max, labels)) > 255:
-        raise InputError(f"{path}: not 1 to 255 lines of label:r,g,b:parts:actions, each of its own colour; "
-                         f"fix it, and {AGAIN}")
-    if "?" in labels.values():
-        raise InputError(f"{path}: still has ? for a name; put the name of the colour's class there (ignore, "
-                         f"if it is none), and {AGAIN}")
+def proposed_labels(colours, names):
+    """{colour: label} of find_colours, with a ? where nothing is known."""
+    ids = {colour: min(ids) for colour, (_, _, ids) in colours.items() if len(ids) == 1 and None not in ids}
+    shared = Counter(ids.values())  # an id of two colours may be two classes
+    ids = {colour: i for colour, i in ids.items() if shared[i] == 1}
+    if 0 not in ids.values() or any(None in ids for _, _, ids in colours.values()):  # greys beside colours
+        ids = {}
+    labels = {colour: dict(enumerate(names)).get(ids.get(colour), "?") for colour in colours}
+    rest = {colour for colour in colours if labels[colour] == "?"}
+    if rest and len(names) == 2 and colours.keys() == {BLACK, WHITE}:
+        return dict(zip((BLACK, WHITE), names))
+    if len(colours) - len(rest) > 1 and {ids.get(colour) for colour in rest} <= {len(names), IGNORE}:
+        return {colour: "ignore" if colour in rest else label for colour, label in labels.items()}
+    if len(rest) > (2 * len(names) + 8 if names else 64):  # the shades of smoothed edges
+        return {colour: "?" if i < (len(names) or 64) else "ignore" for i, colour in enumerate(colours)}
     return labels
 
 
@@ -325,32 +278,33 @@ def main(argv=None):
     task = parser.add_mutually_exclusive_group()
     task.add_argument("--download", action="store_true",
                       help="voc: first download VOC 2012 and SBD, and make SegmentationClassAug/")
-    task.add_argument("--convert", action="store_true",
-                      help="custom: first turn masks told by colour into SegmentationClassIds/")
+    task.add_argument("--colours", "--convert", action="store_true",
+                      help="custom: first write labelmap.txt, which colour of the masks is which class")
     args = parser.parse_args(argv)
-    settings = protocol(args.dataset)
+    cuda = torch.cuda.is_available()
+    settings, small = protocol(args.dataset), not cuda and args.dataset != "shapes"
     try:
         root = Path(args.data_root or settings.data_root)
         if args.download and args.dataset.startswith("voc"):
             download_voc(root)
-        elif args.convert and args.dataset == "custom":
-            convert_masks(root)
-        elif args.download or args.convert:
-            raise InputError("--download goes with --dataset voc, --convert with --dataset custom"
-                             + ("; for Cityscapes, log in at cityscapes-dataset.com and unpack "
-                                f"leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip in {root}"
-                                if args.dataset == "cityscapes" else ""))
+        elif args.colours and args.dataset == "custom":
+            write_label_map(root)
+        elif args.download or args.colours:
+            raise InputError("--download goes with --dataset voc, --colours with --dataset custom; for "
+                             "Cityscapes, log in at cityscapes-dataset.com and unpack "
+                             "leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip in data/cityscapes")
         data = open_data(args.dataset, args.data_root or settings.data_root)
         print(f"{args.dataset}: {len(data.images)} images, {len(data.masks)} masks; {len(data.train)} "
               f"for training, {len(data.val)} for validation")
-        for split in SPLITS:
+        for split in SPLITS if args.dataset != "custom" else ():
             with suppress(InputError):  # of an incomplete data set
                 labelled, unlabelled = split_ids(data, args.dataset, split)
                 print(f"--split {split:5} {len(labelled):6} labelled {len(unlabelled):6} unlabelled")
         labelled, unlabelled = split_ids(data, args.dataset, args.split or settings.split)
         print(f"as given      {len(labelled):6} labelled {len(unlabelled):6} unlabelled")
         found = check_data(data, labelled, unlabelled)
-        print(*found.notes, sep="\n", end="\n" * bool(found.notes))
+        for note in found.notes:
+            print(note)
         if found.problems:
             print(*found.problems, sep="\n", file=sys.stderr)
             sys.exit(2)
@@ -358,11 +312,15 @@ def main(argv=None):
         for c, label in enumerate(data.classes):
             print(f"{c:4} {label:20} {pixels[c] / pixels[:IGNORE].sum():7.2%} of the labelled pixels")
         print(f" 255 {'ignored':20} {pixels[IGNORE] / pixels.sum():7.2%} of all pixels")
+        options = ["--split", args.split] if args.split else []
         side, crop = round(median(found.sides)), settings.crop_size
-        if side > 3 * crop:
-            options = ["--split", args.split] * bool(args.split) + ["--image-size", str(2 * crop)]
+        if small:
+            options.append("--small")
+        elif side > 3 * crop:
             print(f"the photographs, of {side} pixels, are much larger than the crop, of {crop}, which would "
-                  f"see little of them; smaller: {data.command('train.py', *options)}")
+                  f"see little of them: --image-size shrinks them")
+            options += ["--image-size", str(2 * crop)]
+        print(f"nothing wrong; next: {data.command('train.py', *options)}")
     except (InputError, OSError) as error:
         text = error if isinstance(error, InputError) else (
             f"{error.filename or root}: {error.strerror}; make room, or allow it, and {AGAIN}")

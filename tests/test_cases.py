@@ -11,7 +11,6 @@ import re
 import shlex
 import shutil
 import struct
-import subprocess
 import zlib
 
 import numpy as np
@@ -184,11 +183,23 @@ def tiff(channels, depth):
     return (head.ljust(146, b"\0") + struct.pack("<H", depth) * channels).ljust(200, b"\0") + image.tobytes()
 
 
-def huge_png(width=20000, height=10000):
-    """The header of a PNG that is larger than Pillow agrees to open."""
-    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    return (b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
-            + struct.pack(">I", 4) + b"IDAT")
+def png(width, height, depth, rows=b""):
+    """A grey PNG of any depth, of rows of bytes."""
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, 0, 0, 0, 0)), (b"IDAT", rows),
+              (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(content)) + name + content + struct.pack(
+        ">I", zlib.crc32(name + content)) for name, content in chunks)
+
+
+def huge_png():
+    """A PNG that is larger than Pillow agrees to open."""
+    return png(20000, 10000, 8)
+
+
+def grey_png(labels):
+    """A grey PNG of 4 bits, which Pillow scales by 17."""
+    pairs = labels[:, ::2] << 4 | labels[:, 1::2]
+    return png(48, 32, 4, zlib.compress(b"".join(b"\0" + row.tobytes() for row in pairs)))
 
 
 # -- Remedies: functions of the root and of what was said --
@@ -203,21 +214,27 @@ def paste(root, said):
         return check(*command[2:])[1]
 
 
-def paste_again(root, said):
-    """--convert, and once more when labelmap.txt, which the first has written, has been looked at."""
-    assert "labelmap.txt: written" in paste(root, said)
-    return paste(root, said)
+def name_colours(**names):
+    """The remedy is a command that writes labelmap.txt; then its ? are replaced, as it says. A name is given
+    for a colour, written as c0_128_0; the others are ignored."""
+    def fix(root, said):
+        said = paste(root, said)
+        assert "labelmap.txt: written, with the" in said
+        assert "labelmap.txt: still has ? for a name" in check("--dataset", "custom", "--data-root", root)[1]
+        text = (root / "labelmap.txt").read_text()
+        for colour, name in names.items():
+            line = colour[1:].replace("_", ",")
+            assert f"\n?:{line}::" in text
+            text = text.replace(f"?:{line}:", f"{name}:{line}:")
+        write(root / "labelmap.txt", text.replace("?:", "ignore:"))
+        assert "thing" in paste(root, said) or "disc" in text
+    return fix
 
 
-def name_the_colours(root, said):
-    """--convert without class names asks for them, until they are there."""
-    options = ["--dataset", "custom", "--data-root", root, "--convert"]
-    assert "labelmap.txt: written" in check(*options)[1]
-    assert "labelmap.txt: still has ?" in check(*options)[1]
-    label_map = (root / "labelmap.txt").read_text()
-    assert re.search(r"# \d+\.\d\d% of the pixels, p00.png for one\n\?:184,61,245::", label_map)
-    write(root / "labelmap.txt", label_map.replace("?:184", "thing:184").replace("?", "meadow"))
-    assert check(*options)[0] == 0
+def names_and_colours(root, said):
+    write(root / "class_names.txt", "meadow\nthing\n")
+    said = check("--dataset", "custom", "--data-root", root)[1]
+    name_colours(c0_128_0="meadow", c184_61_245="thing")(root, said)
 
 
 def twice(root, said):
@@ -225,20 +242,8 @@ def twice(root, said):
     paste(root, paste(root, said))
 
 
-def convert_anew(said):
-    """Run `mv ... && python prepare.py ... --convert`, as a line has it; returns what prepare.py says."""
-    move, convert = re.search("convert the masks anew: (mv .*) && (python .*)$", said, re.MULTILINE).groups()
-    subprocess.run(shlex.split(move), check=True)
-    assert shlex.split(convert)[:2] == ["python", "prepare.py"]
-    return check(*shlex.split(convert)[2:])[1]
-
-
-def convert_and_name_black(root, said):
-    said = paste(root, said)
-    assert "give what is ignored (black, where it has no line) a name in" in said
+def black_is_background(root, said):
     write(root / "labelmap.txt", (root / "labelmap.txt").read_text() + "background:0,0,0\n")
-    convert_anew(said)
-    assert (root / "SegmentationClassIds.old1").exists()
 
 
 def export_with_colours(root, said):
@@ -247,17 +252,8 @@ def export_with_colours(root, said):
     export_again(root, said)
 
 
-def convert_and_remove(root, said):
-    said = paste(root, said)
-    assert "SegmentationClassIds/p06.png: 6 masks like this one hold one class alone" in said
-    remove(*(f"SegmentationClassIds/p{i:02d}.png" for i in range(6, 12)))(root, said)
-
-
-def convert_and_add_a_line(root, said):
-    said = paste(root, said)
-    assert "labelmap.txt: one class alone; add a line for the rest, such as background:0,0,0" in said
-    write(root / "labelmap.txt", (root / "labelmap.txt").read_text() + "background:0,0,0\n")
-    assert check("--dataset", "custom", "--data-root", root, "--convert")[0] == 0
+def move_masks(*names):
+    return lambda root, said: [move(name, "elsewhere")(root, said) for name in names]
 
 
 def texts(name, text):
@@ -315,13 +311,15 @@ CASES = {
     "good": (folder(), None),
     # What a mask means
     "0 and 255": (folder(grey(0, 255)), "hold background alone, beside 255, which", paste),
-    "0 and 255 with alpha": (folder(coloured((0, 0, 0), (255, 255, 255), mode="RGBA")), r"\(RGBA\)", paste),
+    "0 and 255 with alpha": (folder(coloured((0, 0, 0), (255, 255, 255), mode="RGBA")),
+                             r"p00.png: in colour.*\(and 5 more\)", paste),
     "0 and 255 in a palette": (folder(indexed((9, 9, 9), *[(0, 0, 0)] * 254, (200, 0, 0), order=(0, 255))),
-                               "beside 255", paste_again),
-    "0, 128 and 255": (folder(left_and_right, names="background\nleft\nright\n"), "ids 128", paste_again),
+                               "beside 255", name_colours(c200_0_0="thing")),
+    "0, 128 and 255": (folder(left_and_right, names="background\nleft\nthing\n"), "ids 128",
+                       name_colours(c128_128_128="left", c255_255_255="thing")),
     "one bit": (folder(one_bit), None),
-    "one bit, three names": (folder(one_bit, names="a\nb\nc"), r"p00.png: of one bit .*\(and 5 more\)",
-                             paste_again),
+    "one bit, three names": (folder(one_bit, names="a\nb\nthing"), r"p00.png: of one bit.*\(and 5 more\)",
+                             name_colours(c255_255_255="thing")),
     "0 and 255 among others": (both(folder(), lambda root: save(scene(4)[1] * 255, root / "masks/p04.png")),
                                "p04.png: 1 masks like this one hold one class alone, beside 255, which"),
     "ids of instances": (folder(lambda labels: labels.astype(np.uint16) * 1000),
@@ -329,33 +327,44 @@ CASES = {
     "grey levels of 16 bits": (folder(lambda labels: labels.astype(np.uint16) * 65535), "ids 65535", paste),
     "one class": (folder(grey(0, 0)), "hold background alone; add masks of other classes", export_again),
     "nothing but 255": (folder(grey(255, 255)), "hold nothing alone, beside 255", export_again),
-    "RGB that are ids": (folder(coloured((0, 0, 0), (1, 1, 1))), r"colour image \(RGB\)", paste),
-    "RGB colours": (folder(coloured((0, 0, 0), (128, 0, 0))), r"\(and 5 more\)", paste_again),
-    "grey with alpha": (folder(coloured((0, 0, 0), (1, 1, 1), mode="LA")), r"\(LA\)", paste),
+    "RGB that are ids": (folder(coloured((0, 0, 0), (1, 1, 1))), "p00.png: in colour", paste),
+    "RGB colours": (folder(coloured((0, 0, 0), (128, 0, 0))), r"\(and 5 more\)",
+                    name_colours(c0_0_0="background", c128_0_0="thing")),
+    "grey with alpha": (folder(coloured((0, 0, 0), (1, 1, 1), mode="LA")), "p00.png: in colour", paste),
     "palettes in two orders": (
         both(folder(indexed((0, 0, 0), DISC)), lambda root: [
             save(indexed(DISC, (0, 0, 0), order=(1, 0))(scene(i)[1]), root / f"masks/p0{i}.png")
             for i in (4, 5)]),
-        r"p00.png and .*p04.png: the id 0 is \(0,0,0\) in the one and \(184,61,245\)", paste_again),
+        r"p00.png and .*p04.png: the id 0 is \(0,0,0\) in the one and \(184,61,245\)",
+        name_colours(c0_0_0="background", c184_61_245="thing")),
     "palettes, one class in two colours": (
         both(folder(indexed((0, 0, 0), DISC)), lambda root: save(
             indexed((0, 0, 0), MEADOW)(scene(5)[1]), root / "masks/p05.png")),
-        "the id 1 is", lambda root, said: [paste(root, said), write(root / "labelmap.txt", (
-            root / "labelmap.txt").read_text().replace("ignore:", "thing:")), paste(root, said)]),
+        "the id 1 is", name_colours(c184_61_245="thing", c0_128_0="thing")),
     "ids of 16 bits": (folder(lambda labels: labels.astype(np.uint16)), None),
-    "ids from 1": (folder(grey(1, 2)), "no mask holds 0, and ids count from 0", first_name, paste_again),
+    "ids from 1": (folder(grey(1, 2)), "no mask holds 0, and ids count from 0", first_name,
+                   name_colours(c1_1_1="background", c2_2_2="thing")),
     "ids from 1, 0 unlabelled": (folder(from_1_with_0, names="meadow\ndisc\n"),
-                                 r"ids 2, but there are 2 classes \(0 to 1\); ids count from 0", first_name,
-                                 paste_again),
-    "smoothed edges": (folder(smoothed), "if they are grey levels", paste_again),
+                                 r"ids 2, but there are 2 classes \(0 to 1\); if .* lacks a name",
+                                 first_name),
+    "the last id is void": (folder(lambda labels: labels * 0 + np.arange(48, dtype=np.uint8) // 5,
+                                   names="a\nb\nc\nd\ne\nf\ng\nh\nthing"),
+                            "if 9 is what nobody annotated, say which", paste),
+    "smoothed edges": (folder(smoothed), "if they are grey levels",
+                       name_colours(c255_255_255="thing")),
     "masks as JPEG": (folder(grey(0, 255), name="p{:02d}.jpg"), "6 files .jpg .*export them again, as PNGs",
                       export_again),
     "masks as JPEG elsewhere": (folder(name="p{:02d}.jpg", masks="labels"),
                                 r"labels: 6 files .jpg .*as PNGs, into .*masks/", export_again),
-    "masks as TIFF": (folder(name="p{:02d}.tif"), "6 files .tif", paste),
+    "masks as TIFF": (folder(name="p{:02d}.tif"), None),
     "masks as TIFF of 16 bits": (folder(lambda labels: labels.astype(np.uint16) * 65535, name="p{:02d}.tif"),
-                                 "6 files .tif", paste),
-    "masks as .npy": (as_arrays, "6 files .npy", paste),
+                                 "ids 65535", paste),
+    "masks as TIFF of 64 bits": (files(tiff(3, 64), "masks/p00.tif", name="p{:02d}.tif"),
+                                 "a kind of TIFF that Pillow does not know.*; save it again as uint8",
+                                 export_again),
+    "masks as GIF": (folder(name="p{:02d}.gif"), "p00.gif: in colour", paste),
+    "masks as .npy": (as_arrays, "5 labelled  *6 unlabelled"),
+    "grey of 4 bits": (files(grey_png(scene(0)[1]), "masks/p00.png"), None),
     "labels/": (folder(masks="labels"), "labels: 6 files .png .*if they are masks, move them into",
                 move("labels/*", "masks")),
     "p00_mask": (folder(name="p{:02d}_mask.png"), "6 masks like this .*: call this one p00.png",
@@ -368,24 +377,24 @@ CASES = {
                             "p00_mask.png: 6 files like this one look like masks",
                             move("images/*_mask.png", "masks", without("_mask"))),
     "copies of masks": (both(folder(), folder(masks="images", name="p{:02d}_mask.png")),
-                        "6 files like this one look like masks, .*; if they are masks, move them elsewhere"),
+                        "6 files like this one look like masks, .*; move them elsewhere"),
     "a mask smaller": (both(folder(), lambda root: save(scene(0, (24, 16))[1], root / "masks/p00.png")),
                        "p00.png: 24 x 16 pixels, but its", export_again),
     "a mask cut short": (files(lambda mask: mask[:-30], "masks/p01.png"), "p01.png: cannot be read",
                          export_again),
     "a huge mask": (files(huge_png(), "masks/p00.png"), "p00.png: .*more than 178 megapix", export_again),
     "a mask of floats": (both(folder(), lambda root: save(
-        np.ones((32, 48), np.float32), root / "masks/p00.png", format="TIFF")),
-        "p00.png: of floats .F., not an index PNG", paste),
+        np.full((32, 48), 0.5, np.float32), root / "masks/p00.png", format="TIFF")),
+        "p00.png: cannot be read .not whole numbers from 0 on.; replace or remove it", export_again),
     "a mask of negative numbers": (both(folder(), lambda root: save(
-        np.eye(32, 48, dtype=np.int32) - 1, root / "masks/p00.png", format="TIFF")),
-        "p00.png: of negative numbers .I., not an index PNG", paste),
-    "transparency": (folder(transparent), "p00.png: a colour image .RGBA.", export_with_colours),
+        np.eye(32, 48, dtype=np.int32) - 2, root / "masks/p00.png", format="TIFF")),
+        "p00.png: cannot be read .not whole numbers from 0 on.; replace or remove it", export_again),
+    "transparency": (folder(transparent), "p00.png: in colour", export_with_colours),
     "two folders of masks": (both(folder(), folder(masks="SegmentationClass", masked=3)),
                              "masks: 3 masks are not read, as .*/SegmentationClass has masks of their names"),
     "TIFF masks beside others": (
         both(folder(masks="SegmentationClass"), folder(name="p{:02d}.tif", masked=9)),
-        "masks: 3 files .tif .*if they are masks, export them again, as PNGs, into .*/SegmentationClass/$"),
+        "masks: 3 files .tif .*if they are masks, move them into .*/SegmentationClass/$"),
     "a class absent": (folder(names="background\nthing\nunicorn"), "no labelled mask holds unicorn"),
     "no class in validation": (both(folder(), lists(val="p05"), lambda root: save(
         np.zeros((32, 48), np.uint8), root / "masks/p05.png")), "no validation mask holds thing"),
@@ -401,30 +410,37 @@ CASES = {
     "UTF-16 without its mark": (files("a\nb\n".encode("utf-16-le"), "class_names.txt"), "save it as UTF-8",
                                 texts("class_names.txt", "a\nb\n")),
     "commas": (folder(names="background, thing"), "one class name a line", texts("class_names.txt", "a\nb")),
-    "a name twice": (folder(names="a\na"), "a stands there twice", texts("class_names.txt", "a\nb")),
-    "numbered from 1": (folder(grey(1, 2), names="1 background\n2: thing"), "numbered from 1",
+    "a name twice": (folder(names="a\na"), "is listed twice", texts("class_names.txt", "a\nb")),
+    "numbered from 1": (folder(grey(1, 2), names="1 background\n2: thing"), "numbered 1, 2, but",
                         texts("class_names.txt", "nothing\nbackground\nthing")),
-    "a comment": (folder(names="# my classes\nbackground\nthing"), "'# my classes' would be the name of a cl",
+    "a comment": (folder(names="# my classes\nbackground\nthing"), "# my classes.* would be the name of",
                   texts("class_names.txt", "background\nthing")),
     "numbered from 0": (folder(names="0 background\n1 thing"), None),
     "classes.txt": (both(folder(names=None), lambda root: write(root / "classes.txt", "a\nb\n")),
                     "or rename classes.txt", move("classes.txt", ".", without("classes", "class_names"))),
     # CVAT
-    "CVAT": (cvat(), "labelmap.txt: says", paste),
-    "CVAT, subfolders": (cvat(below="Dataset1/images/train/"), "", paste),
-    "CVAT, background last": (cvat("thing:184,61,245::\nbackground:0,0,0::\n"), "", paste),
-    "CVAT, spaces": (cvat("background: 0, 0, 0 ::\nthing: 184, 61, 245\n"), "", paste),
-    "CVAT, capitals": (cvat("Background:0,0,0::\nthing:184,61,245::\n"), "", paste),
-    "CVAT, no background": (cvat("meadow:0,128,0::\nthing:184,61,245::\n", (MEADOW, DISC)), "", paste),
-    "CVAT, one class": (cvat("thing:184,61,245::\n"), "", convert_and_add_a_line),
+    "CVAT": (cvat(), None),
+    "CVAT, subfolders": (cvat(below="Dataset1/images/train/"), None),
+    "CVAT, background last": (cvat("thing:184,61,245::\nbackground:0,0,0::\n"), None),
+    "CVAT, spaces": (cvat("background: 0, 0, 0 ::\nthing: 184, 61, 245\n"), None),
+    "CVAT, capitals": (cvat("Background:0,0,0::\nthing:184,61,245::\n"), None),
+    "CVAT, no background": (cvat("meadow:0,128,0::\nthing:184,61,245::\n", (MEADOW, DISC)), None),
+    "CVAT, one class": (cvat("thing:184,61,245::\n"), "labelmap.txt: one class alone; add a line for",
+                        black_is_background),
     "CVAT, black has no line": (both(cvat("thing:184,61,245::\n"), lambda root: write(
-        root / "class_names.txt", "background\nthing\n")), "", convert_and_name_black),
-    "CVAT, all have masks": (cvat(masked=12), "", twice),
-    "CVAT, black where nobody was": (unannotated, "", convert_and_remove, twice),
-    "CVAT's lists": (both(cvat(), lists("p00 p01 p02 p07", "p03 p04", ("Train.txt", "Validation.TXT"))), "",
-                     lambda root, said: re.search("4 for training, 2 for valid", paste(root, said))[0]),
+        root / "class_names.txt", "background\nthing\n")), r"labelmap.txt lacks: \(0,0,0\).*; add a line for",
+        black_is_background),
+    "CVAT, black is ignored": (both(cvat("thing:184,61,245::\n"), lambda root: write(
+        root / "class_names.txt", "meadow\nthing\n")), "give what is ignored .black, where it has no line. a",
+        lambda root, said: write(root / "labelmap.txt", "meadow:0,0,0\nthing:184,61,245::\n")),
+    "CVAT, all have masks": (cvat(masked=12), "no unlabelled image is left", paste),
+    "CVAT, black where nobody was": (unannotated, "6 masks like this one hold one class alone; if nobody",
+                                     move_masks(*(f"SegmentationClass/p{i:02d}.png" for i in range(6, 12))),
+                                     paste),
+    "CVAT's lists": (both(cvat(), lists("p00 p01 p02 p07", "p03 p04", ("Train.txt", "Validation.TXT"))),
+                     "4 for training, 2 for valid"),
     "colours, and no names": (folder(coloured(MEADOW, DISC), names=None), "class_names.txt: missing",
-                              name_the_colours),
+                              names_and_colours),
     # What lies there unused
     "HEIC among others": (files(HEIC, *(f"images/{i}.HEIC" for i in range(20))),
                           "20 files .heic .0.HEIC for one. are not read; .*convert them to JPEG"),
@@ -491,7 +507,7 @@ CASES = {
                   move("images/p\udce9.jpg", "images", lambda _: "q.jpg")),
     "not UTF-8, and unused": (files(HEIC, "images/p\udce9.heic"), r"1 files .heic .p\\udce9.heic for one"),
     "two of one stem": (both(folder(), lambda root: save(scene(3)[0], root / "images/p02.png")),
-                        "two files for one id", remove("images/p02.png"),
+                        "two files of one name", remove("images/p02.png"),
                         move("images/p02.png", "images", lambda _: "q.png")),
     # Files that cannot be read, and odd ones that can
     "turned by EXIF": (both(folder(), lambda root: [
@@ -507,10 +523,12 @@ CASES = {
     "pages": (instead(scene(9)[0], "p09.tif", save_all=True,
                       append_images=[Image.fromarray(scene(8)[0])]), None),
     "TIFF of 16 bits": (instead(np.full((32, 48), 999, np.uint16), "p09.tif"),
-                        "p09.tif: has more than 8 bits a channel", to_jpeg("images/p09.tif")),
+                        "p09.tif: has more than 8 bits a channel; scale its values to 0 to 255, by one",
+                        to_jpeg("images/p09.tif")),
     "TIFF of floats": (instead(np.ones((32, 48), np.float32), "p09.tif"),
                        "p09.tif: has more than 8 bits a channel", to_jpeg("images/p09.tif")),
-    "TIFF of 16-bit RGB": (files(tiff(3, 16), "images/p12.tif"), None),
+    "TIFF of 16-bit RGB": (files(tiff(3, 16), "images/p12.tif"), "p12.tif: has more than 8 bits a channel",
+                           to_jpeg("images/p12.tif")),
     "TIFF of 4 bands": (files(tiff(4, 8), "images/p12.tif"), None),
     "TIFF of 5 bands": (files(tiff(5, 8), "images/p12.tif"), None),
     "CMYK": (instead(Image.fromarray(scene(9)[0]).convert("CMYK"), "p09.jpg"), None),
@@ -531,7 +549,7 @@ CASES = {
               remove("images/p09.jpg")),
     "a web page": (files(b"<html>404", "images/p09.jpg"), "not an image", remove("images/p09.jpg")),
     "a dead link": (both(folder(), lambda root: (root / "images/p12.jpg").symlink_to(root / "nowhere")),
-                    "a link to nothing; remove it", remove("images/p12.jpg")),
+                    "broken symbolic link; remove it", remove("images/p12.jpg")),
 }
 
 
@@ -594,7 +612,7 @@ def test_a_remedy_is_followed_and_training_runs(tmp_path, capsys, monkeypatch, n
 @pytest.mark.slow
 @pytest.mark.parametrize("mask", [grey(0, 255), coloured((0, 0, 0), (128, 0, 0))], ids=["0 and 255", "RGB"])
 def test_own_photographs_as_the_readme_has_it(tmp_path, capsys, mask):
-    """30 photographs, 10 masks: check, convert as it says, train, predict."""
+    """30 photographs, 10 masks: check, label map as it says, train, predict."""
     root = tmp_path / "mine"
     folder(mask, count=30, masked=10)(root)
     before = contents(root)
@@ -602,16 +620,18 @@ def test_own_photographs_as_the_readme_has_it(tmp_path, capsys, mask):
     code, said = check(*arguments)
     assert code == 2
     said = paste(root, said)
-    if "labelmap.txt: written" in said:
-        said = check(*arguments, "--convert")[1]
-    assert "SegmentationClassIds: 10 masks, of the 2 classes" in said and check(*arguments)[0] == 0
+    if "?" in said:
+        label_map = (root / "labelmap.txt").read_text()
+        write(root / "labelmap.txt", label_map.replace("?:0,", "background:0,").replace("?", "thing"))
+        said = paste(root, said)
+    assert before.items() <= contents(root).items() and len(contents(root)) == len(before) + 1
+    assert said.endswith(f"nothing wrong; next: python train.py --dataset custom --data-root {root} --small")
     train.main([*arguments, *TINY, "--out", str(tmp_path / "run")])
     with pytest.raises(SystemExit) as end:
         predict.main([str(tmp_path / "run/best.pth"), str(root / "images"), "--out", str(tmp_path / "out")])
     assert end.value.code == 0 and len(list((tmp_path / "out").glob("*_overlay.png"))) == 30
-    assert before.items() <= contents(root).items()
-    move("SegmentationClassIds/*", "ids")(root, "")  # a validation set in which nothing is labelled
-    folder(grey(255, 255), masks="SegmentationClassIds", count=30, masked=10)(root)
+    folder(grey(9, 9), count=30, masked=10)(root)  # a validation set in which nothing is labelled
+    write(root / "labelmap.txt", (root / "labelmap.txt").read_text() + "ignore:9,9,9")
     with pytest.raises(SystemExit) as end:
         evaluate.main([str(tmp_path / "run/best.pth")])
     assert end.value.code == 2 and "the validation masks" in capsys.readouterr().err

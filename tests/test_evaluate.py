@@ -304,7 +304,7 @@ def test_a_list_of_other_images_is_evaluated(tmp_path, capsys, monkeypatch, proc
 
 @pytest.mark.parametrize("text, message", [
     ("im0\nim9\nx\n", "list.txt: 2 ids have no image with a mask under --data-root: im9, x; take them off"),
-    ("# none\n", "list.txt: is empty; write an id a line"), (None, "list.txt: no such file"),
+    ("# none\n", "list.txt: is empty; write one id per line"), (None, "list.txt: no such file"),
     ("im0\nim0\n", "list.txt: ids listed twice: im0")])
 def test_a_list_that_cannot_be_evaluated_gets_one_line(tmp_path, capsys, text, message):
     root = custom(tmp_path / "data")
@@ -372,8 +372,9 @@ def test_images_in_test_are_for_a_list(tmp_path, capsys):
         save(root / "JPEGImages/test" / f"{name}.jpg", np.zeros((12, 16, 3)))
         save(root / "SegmentationClass/test" / f"{name}.png", np.ones((12, 16)))
     data = open_data("custom", root)
-    assert data.test == ["t0"] and "t0" not in data.train + data.val and len(data.train) == 8
+    assert data.test == ["t0", "test/im0"] and "t0" not in data.train + data.val and len(data.train) == 8
     assert np.array(data.mask("im0")).min() == 0 and np.array(data.mask("t0")).min() == 1
+    assert np.array(data.mask("test/im0")).min() == 1
     (tmp_path / "list.txt").write_text("t0\n")
     evaluate.main([str(path), "--list", str(tmp_path / "list.txt")])
     assert "1 images of " in capsys.readouterr().out

@@ -1,13 +1,16 @@
 """Real archives from a server on this machine, and masks in colour as CVAT exports them."""
 
 import contextlib
+import errno
 import functools
 import hashlib
 import http.server
 import io
-import os
+import re
+import shlex
 import shutil
 import socket
+import subprocess
 import sys
 import tarfile
 import threading
@@ -24,7 +27,7 @@ import prepare
 import settings
 import test_cases
 import train
-from test_cases import TINY, coloured, convert_anew, grey, paste, scene
+from test_cases import TINY, coloured, grey, indexed, left_and_right
 from test_data import cityscapes, custom
 
 TRAIN, VAL = ["both", "voc_only"], ["val_voc", "val_both"]
@@ -94,7 +97,7 @@ def server(archives, tmp_path, monkeypatch):
         httpd.address = f"http://127.0.0.1:{httpd.server_port}"
         threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
         publish(folder, httpd.address, monkeypatch)
-        monkeypatch.setattr(prepare, "TRAINING_IDS", len(BLENDED))
+        monkeypatch.setitem(data.TRAINING_SETS, "voc", len(BLENDED))
         monkeypatch.setenv("no_proxy", "*")
         yield httpd
         httpd.shutdown()
@@ -140,7 +143,7 @@ def test_download_makes_the_blended_set(server, tmp_path, capsys):
     root = tmp_path / "data" / "voc"
     prepare.download_voc(root)
     check_prepared(root)
-    assert "SegmentationClassAug: 4 training ids" in capsys.readouterr().out
+    assert "4 training ids" in capsys.readouterr().out
     assert set(server.requests) == {"/voc.tar", "/sbd.tgz"}
 
 
@@ -256,13 +259,13 @@ def test_an_incomplete_set_of_masks_is_named_and_left_alone(server, tmp_path):
 
 
 def test_another_count_is_refused_before_masks_are_made(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "TRAINING_IDS", 10582)
+    monkeypatch.setitem(data.TRAINING_SETS, "voc", 10582)
     refused(tmp_path, "benchmark_RELEASE", "4 training ids", "10582")
     assert not list(tmp_path.rglob("SegmentationClassAug*"))
 
 
 def test_the_protocols_count():
-    assert prepare.TRAINING_IDS == 10582
+    assert data.TRAINING_SETS == {"voc": 10582, "voc_classic": 1464, "cityscapes": 2975}
 
 
 @pytest.mark.parametrize("name", ["voc.tar", "sbd.tgz"])
@@ -285,7 +288,7 @@ def test_what_fails_its_checksum_is_not_used(server, tmp_path, name, damage, mon
     monkeypatch.undo()
     file.write_bytes(whole)
     publish(server.folder, server.address, monkeypatch)
-    monkeypatch.setattr(prepare, "TRAINING_IDS", len(BLENDED))
+    monkeypatch.setitem(data.TRAINING_SETS, "voc", len(BLENDED))
     prepare.download_voc(root)
     check_prepared(root)
 
@@ -390,41 +393,37 @@ def cvat_export(root, label_map=LABEL_MAP, colours=COLOURS):
     return root
 
 
-def converted(root, name="a"):
-    return np.array(Image.open(root / "SegmentationClassIds" / f"{name}.png"))
-
-
 def contents(root):
     return {path: path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
 
 
-def conversion_refused(root, *words):
+def refused_label_map(root, *words):
+    """Writing or reading the label map must raise one line of InputError with all of the words in it."""
     with pytest.raises(data.InputError) as caught:
-        prepare.convert_masks(root)
+        prepare.write_label_map(root)
+        data.open_data("custom", root)
     assert "\n" not in str(caught.value)
     for word in words:
         assert str(word) in str(caught.value)
 
 
-def test_colours_become_ids(tmp_path):
+def labels(root, name="a"):
+    return np.array(data.open_data("custom", root).mask(name))
+
+
+def test_colours_are_read_as_ids(tmp_path):
     root = cvat_export(tmp_path / "cvat")
-    with pytest.raises(data.InputError, match="--convert"):
-        data.open_data("custom", root)
     before = contents(root)
-    prepare.convert_masks(root)
-    assert {path: path.read_bytes() for path in before} == before  # the export is as it was
-    assert sorted(path.name for path in contents(root).keys() - before.keys()) == [
-        "a.png", "b.png", "c.png", "class_names.txt"]
-    assert (root / "class_names.txt").read_text() == "background\nroad: main\ncar\n"
-    for name in "abc":
-        assert np.array_equal(converted(root, name), IDS)
-        with Image.open(root / "SegmentationClassIds" / f"{name}.png") as picture:
-            assert picture.mode == "P"
-            assert np.array_equal(picture.convert("RGB"), COLOURS[IDS])
+    prepare.write_label_map(root)  # which is there
     custom = data.open_data("custom", root)
     assert custom.classes == ["background", "road: main", "car"]
+    assert custom.palette == [tuple(colour) for colour in COLOURS.tolist()]
     assert sorted(custom.labelled + custom.val) == ["a", "b", "c"] and "d" in custom.train
+    assert all(np.array_equal(custom.mask(name), IDS) for name in "abc")
     assert check.check_data(custom, custom.labelled, ["d"]).problems == []
+    (root / "class_names.txt").write_bytes(b"car\r\nroad: main\r\nbackground")  # whose order counts
+    assert np.array_equal(labels(root), 2 - IDS) and contents(root).keys() - before.keys() == {
+        root / "class_names.txt"}
 
 
 @pytest.mark.parametrize("label_map, black", [
@@ -432,85 +431,148 @@ def test_colours_become_ids(tmp_path):
     ("car:0,0,142::\nbackground:0,0,0::\nroad:128,64,128::\n", 1),
     ("car:0,0,142::\nroad:128,64,128::\nasphalt:0,0,0::\n", 2)])
 def test_what_black_is(tmp_path, label_map, black):
-    root = cvat_export(tmp_path, label_map)
-    prepare.convert_masks(root)
-    labels = converted(root)
-    assert (labels[IDS == 0] == black).all()
-    assert (labels[IDS == 2] == 0).all()
+    found = labels(cvat_export(tmp_path, label_map))
+    assert (found[IDS == 0] == black).all() and (found[IDS == 2] == 0).all()
 
 
-def test_black_beside_a_background_of_another_colour_is_unknown(tmp_path):
-    cvat_export(tmp_path, "background:9,9,9::\nroad:128,64,128::\ncar:0,0,142::\n")
-    conversion_refused(tmp_path, "(0,0,0)")
-
-
-def test_unknown_colours_are_named(tmp_path):
+def test_colours_that_the_label_map_lacks_are_named(tmp_path):
     root = cvat_export(tmp_path)
     pixels = COLOURS[IDS]
     pixels[1, 1], pixels[0, 0] = (1, 2, 3), (255, 254, 253)
     Image.fromarray(pixels).save(root / "SegmentationClass" / "b.png")
-    conversion_refused(root, root / "SegmentationClass" / "b.png", "(1,2,3), (255,254,253)",
-                       "labelmap.txt")
-    assert not (root / "SegmentationClassIds").exists() and not (root / "class_names.txt").exists()
-    with pytest.raises(data.InputError, match="--convert"):
-        data.open_data("custom", root)
-
-
-def test_conversion_stopped_and_run_again(tmp_path, monkeypatch):
-    """Wherever it is interrupted, there is no data set yet; run again, there is."""
-    for calls in range(5):  # three masks, class_names.txt, the folder
-        root = cvat_export(tmp_path / str(calls))
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            stop_after(patch, prepare.os, "replace", calls)
-            prepare.convert_masks(root)
-        with pytest.raises(data.InputError, match="--convert"):
-            data.open_data("custom", root)
-        prepare.convert_masks(root)
-        assert sorted(data.stems(root / "SegmentationClassIds")) == ["a", "b", "c"]
-        assert not list(root.rglob("*.part"))
-
-
-def test_conversion_again_adds_what_is_new(tmp_path):
-    root = cvat_export(tmp_path)
-    prepare.convert_masks(root)
-    before = contents(root)
-    prepare.convert_masks(root)
-    assert contents(root) == before
-    shutil.copy(root / "SegmentationClass" / "a.png", root / "SegmentationClass" / "d.png")
-    prepare.convert_masks(root)
-    assert set(contents(root)) - set(before) == {root / "SegmentationClass" / "d.png",
-                                                 root / "SegmentationClassIds" / "d.png"}
-    assert np.array_equal(converted(root, "d"), IDS)
-
-
-def test_nothing_is_overwritten(tmp_path):
-    root = cvat_export(tmp_path)
-    (root / "class_names.txt").write_text("car\nroad: main\n")
-    conversion_refused(root, root / "class_names.txt", "has not background", "labelmap.txt")
-    assert (root / "class_names.txt").read_text() == "car\nroad: main\n"
-    (root / "class_names.txt").write_bytes(b"background\r\nroad: main\r\ncar")  # from Windows
-    prepare.convert_masks(root)
-    edited = root / "SegmentationClassIds" / "b.png"
-    index_png(1 - IDS // 2, edited)
-    before = edited.read_bytes()
-    conversion_refused(root, edited, "move", "SegmentationClassIds")
-    assert edited.read_bytes() == before
+    custom = data.open_data("custom", root)
+    problem, = check.check_data(custom, custom.labelled, ["d"]).problems
+    assert problem.startswith(f"{root}/SegmentationClass/b.png: holds colours that labelmap.txt lacks: ")
+    assert "(1,2,3), (255,254,253); add a line for each there" in problem
+    (root / "labelmap.txt").write_text("background:9,9,9::\nroad:128,64,128::\ncar:0,0,142::\n")
+    custom = data.open_data("custom", root)
+    assert "lacks: (0,0,0)" in check.check_data(custom, custom.labelled, ["d"]).problems[0]
 
 
 @pytest.mark.parametrize("label_map", [
     "", "# label:color_rgb:parts:actions\n", "car;0,0,142\n", "car:::\n", "car:0,0,256::\n",
     "car:0,0,1::\nroad:0,0,1::\n", "".join(f"c{i}:0,1,{i}::\n" for i in range(256))])
 def test_a_label_map_that_cannot_be_used(tmp_path, label_map):
-    conversion_refused(cvat_export(tmp_path, label_map), tmp_path / "labelmap.txt")
+    refused_label_map(cvat_export(tmp_path, label_map), tmp_path / "labelmap.txt")
+
+
+def test_class_names_and_label_map_must_agree(tmp_path):
+    root = cvat_export(tmp_path)
+    (root / "class_names.txt").write_text("car\nroad: main\n")
+    refused_label_map(root, root / "class_names.txt", "lacks background, which", "labelmap.txt")
+    (root / "class_names.txt").unlink()  # as it says
+    assert np.array_equal(labels(root), IDS)
 
 
 def test_what_is_no_export(tmp_path):
-    conversion_refused(tmp_path, tmp_path, "no masks to convert in SegmentationClass/, ")
+    refused_label_map(tmp_path, tmp_path, "no masks in SegmentationClass/, ")
     root = cvat_export(tmp_path / "cvat")
+    (root / "labelmap.txt").unlink()
     (root / "SegmentationClass" / "a.png").write_bytes(b"no image")
-    conversion_refused(root, root / "SegmentationClass" / "a.png", "cannot be read")
-    shutil.rmtree(root / "SegmentationClass")
-    conversion_refused(root, root, "SegmentationClass")
+    refused_label_map(root, root / "SegmentationClass" / "a.png", "cannot be read")
+
+
+def proposal(root, mask, names, more=lambda root: None):
+    """{colour: label} of the label map that is written for such masks, and all that is said."""
+    test_cases.folder(mask, names="".join(f"{name}\n" for name in names))(root)
+    more(root)
+    _, out, err = report("--dataset", "custom", "--data-root", root, "--colours")
+    lines = [line.split(":") for line in (root / "labelmap.txt").read_text().splitlines() if line[0] != "#"]
+    return {colour: label for label, colour, *_ in lines}, out + err
+
+
+LAST_IS_VOID = {f"{k},{k},{k}": name for k, name in enumerate("abcde")} | {"5,5,5": "ignore"}
+
+
+@pytest.mark.parametrize("mask, names, expected", [
+    (lambda labels: labels * 0 + np.arange(48, dtype=np.uint8) // 8, "abcde", LAST_IS_VOID),
+    (lambda labels: labels * 0 + np.array([0, 1, 2, 3, 4, 255], np.uint8)[np.arange(48) // 8], "abcde",
+     {name: label for name, label in LAST_IS_VOID.items() if label != "ignore"} | {"255,255,255": "ignore"}),
+    (lambda labels: labels * 0 + 1 + np.arange(48, dtype=np.uint8) // 12, "abcd",  # 1 to 4: of which names?
+     dict.fromkeys(["1,1,1", "2,2,2", "3,3,3", "4,4,4"], "?")),
+    (left_and_right, "abc", {"0,0,0": "a", "128,128,128": "?", "255,255,255": "?"}),
+    (coloured((0, 0, 0), (128, 0, 0)), "ab", {"0,0,0": "?", "128,0,0": "?"}),
+    (coloured((0, 0, 0), (1, 1, 1)), "ab", {"0,0,0": "a", "1,1,1": "b"}),
+    (indexed((9, 0, 0), (0, 0, 0)), "ab", {"9,0,0": "a", "0,0,0": "b"}),
+    (grey(0, 7), "ab", {"0,0,0": "a", "7,7,7": "?"}),
+    (lambda labels: np.add.outer(np.arange(32), np.arange(48)).astype(np.uint8) * 3, "ab", None)])
+def test_what_is_not_known_of_a_colour_is_asked(tmp_path, mask, names, expected):
+    proposed, said = proposal(tmp_path, mask, names)
+    if expected is None:  # shades without end: the two most frequent are asked for
+        assert sorted(proposed.values()) == ["?"] * 2 + ["ignore"] * (len(proposed) - 2)
+    else:
+        assert proposed == expected
+    again = report("--dataset", "custom", "--data-root", tmp_path, "--colours")[2]
+    assert ("still has ? for a name" in again) == ("?" in proposed.values()) == ("in place of each ?" in said)
+
+
+def both_orders(root):
+    for i in range(3):
+        Image.fromarray(np.uint8(1 - test_cases.scene(i)[1])).convert("P").save(root / f"masks/p0{i}.png")
+        picture = Image.open(root / f"masks/p0{i}.png")
+        picture.putpalette([255] * 3 + [0] * 3)
+        picture.save(root / f"masks/p0{i}.png")
+
+
+@pytest.mark.parametrize("mask, black, more", [
+    (grey(0, 255), "ab", None), (test_cases.one_bit, "ab", None),
+    (coloured((0, 0, 0), (255, 255, 255)), "ab", None), (grey(255, 0), "ab", None),
+    (indexed((255, 255, 255), (0, 0, 0)), "ba", None),
+    (indexed((0, 0, 0), (255, 255, 255)), "ab", both_orders)],
+    ids=["grey", "one bit", "RGB", "black is the smaller", "black has the index 1", "both orders"])
+def test_black_and_white_are_said_with_how_to_swap_them(tmp_path, mask, black, more):
+    proposed, said = proposal(tmp_path, mask, "ab", more or (lambda root: None))
+    assert proposed == {"0,0,0": black[0], "255,255,255": black[1]}
+    assert f"(0,0,0)       is {black[0]}, " in said and f"(255,255,255) is {black[1]}, " in said
+    assert f"if it is the other way round, swap the two names in {tmp_path / 'labelmap.txt'}" in said
+    assert "nothing wrong; next: " in said
+    before = labels(tmp_path, "p04")
+    text = (tmp_path / "labelmap.txt").read_text()
+    swapped = re.sub("^[ab]:", lambda name: {"a:": "b:", "b:": "a:"}[name[0]], text, flags=re.MULTILINE)
+    (tmp_path / "labelmap.txt").write_text(swapped)
+    assert np.array_equal(labels(tmp_path, "p04"), 1 - before)
+
+
+def test_a_data_root_that_cannot_be_written(tmp_path, monkeypatch):
+    """The label map is written into a folder of links, by the command that is said."""
+    root, here = tmp_path / "my data", tmp_path / "here"
+    test_cases.folder(grey(0, 255))(root)
+    here.mkdir()
+    write, before = prepare.Path.write_text, contents(root)
+
+    def read_only(path, *rest):
+        if path.parent == root:
+            raise OSError(errno.EROFS, "Read-only file system")
+        return write(path, *rest)
+
+    monkeypatch.setattr(prepare.Path, "write_text", read_only)
+    monkeypatch.chdir(here)
+    code, _, err = report("--dataset", "custom", "--data-root", root, "--colours")
+    assert code == 2 and f"{root / 'labelmap.txt'}: cannot be written (Read-only file system)" in err
+    links, python = err.split("work in a folder of links: ")[1].split(" && python ")
+    subprocess.run(links, shell=True, check=True)
+    code, out, _ = report(*shlex.split(python)[1:])
+    assert code == 0 and "nothing wrong" in out and contents(root) == before
+    assert np.array_equal(labels(here / "my data-links", "p04"), test_cases.scene(4)[1])
+
+
+def test_masks_that_an_earlier_version_made(tmp_path):
+    root = cvat_export(tmp_path)
+    for name in "abc":
+        data_mask = Image.fromarray(IDS)
+        (root / "SegmentationClassIds").mkdir(exist_ok=True)
+        data_mask.save(root / "SegmentationClassIds" / f"{name}.png")
+    said = report("--dataset", "custom", "--data-root", root)[1]
+    assert "SegmentationClassIds: 3 masks are not read, left over from an earlier version; remove" in said
+    (root / "labelmap.txt").unlink()
+    (root / "class_names.txt").write_text("background\nroad\ncar\n")
+    assert data.open_data("custom", root).folders[1].name == "SegmentationClassIds"
+    Image.fromarray(COLOURS[IDS]).save(root / "SegmentationClass" / "d.png")
+    said = report("--dataset", "custom", "--data-root", root)[1]
+    assert "(d.png for one) are not read; an earlier version made" in said
+    (root / "SegmentationClassIds").rename(root / "away")  # as it says
+    command = said.split("move it away, and say which colour is which class: ")[1].splitlines()[0]
+    assert "in place of each ?" in report(*shlex.split(command)[2:])[2]
 
 
 # -- The check, of every data set --
@@ -546,7 +608,7 @@ def test_the_check_takes_trains_split_and_refuses_what_train_refuses(tmp_path, c
         return
     assert code == 2
     with pytest.raises(SystemExit):
-        train.main([*options, "--out", str(tmp_path / "run")])
+        train.main([*options, "--small", "--out", str(tmp_path / "run")])
     assert capsys.readouterr().err.removeprefix("train.py: ") == err.removeprefix("prepare.py: ")
 
 
@@ -574,72 +636,11 @@ def test_cityscapes_masks_of_other_depths_get_a_line(tmp_path, mask, said):
 def test_large_photographs_are_shrunk_by_the_command_that_is_proposed(tmp_path, monkeypatch):
     root = custom(tmp_path / "a b")
     monkeypatch.setitem(settings.PROTOCOLS, "custom", {"crop_size": 5})
+    monkeypatch.setattr(prepare.torch.cuda, "is_available", lambda: True)
     assert report("--dataset", "custom", "--data-root", root, "--split", "1_2")[1].endswith(
-        f"smaller: python train.py --dataset custom --data-root '{root}' --split 1_2 --image-size 10\n")
+        f"next: python train.py --dataset custom --data-root '{root}' --split 1_2 --image-size 10\n")
     monkeypatch.setitem(settings.PROTOCOLS, "custom", {"crop_size": 6})
     assert "--image-size" not in report("--dataset", "custom", "--data-root", root)[1]
-
-
-def test_masks_that_are_newer_than_what_was_made_of_them_are_named(tmp_path):
-    root = cvat_export(tmp_path / "my data")
-    options = ["--dataset", "custom", "--data-root", root]
-    assert ": newer than" not in report(*options, "--convert")[1]
-    original = root / "SegmentationClass" / "b.png"
-    Image.fromarray(COLOURS[2 - IDS]).save(original)
-    os.utime(root / "SegmentationClassIds" / "b.png", (0, 0))
-    assert f"{original}: newer than" in (said := report(*options)[1])
-    assert ": newer than" not in convert_anew(said)
-    assert np.array_equal(converted(root, "b"), 2 - IDS)
-    assert np.array_equal(np.array(Image.open(root / "SegmentationClassIds.old1" / "b.png")), IDS)
-    # The label map too, in which two colours had each other's class; and .old1 is kept.
-    (root / "labelmap.txt").write_text(
-        LABEL_MAP.replace("car:", "x:").replace("road: main:", "car:").replace("x:", "road: main:"))
-    for path in (root / "SegmentationClassIds").iterdir():
-        os.utime(path, ns=(original.stat().st_mtime_ns,) * 2)
-    assert f"{root / 'labelmap.txt'}: newer than" in (said := report(*options)[1])
-    assert ": newer than" not in convert_anew(said)
-    assert np.array_equal(converted(root, "a"), np.array([0, 2, 1])[IDS])
-    assert np.array_equal(np.array(Image.open(root / "SegmentationClassIds.old1" / "b.png")), IDS)
-
-
-def test_a_dead_link_among_masks_that_have_been_converted_is_no_traceback(tmp_path):
-    root = cvat_export(tmp_path / "my data")
-    options = ["--dataset", "custom", "--data-root", root]
-    report(*options, "--convert")
-    (root / "SegmentationClass" / "d.png").symlink_to(root / "nowhere")
-    assert report(*options)[0] == 0
-    assert "d.png: a link to nothing; remove it" in report(*options, "--convert")[2]
-
-
-@pytest.mark.parametrize("mask", [grey(0, 255), coloured((0, 0, 0), (128, 0, 0))], ids=["0 and 255", "RGB"])
-def test_masks_that_come_after_the_conversion(tmp_path, mask):
-    root = tmp_path / "test" / "my data"  # a name that means something below the root alone
-    test_cases.folder(mask)(root)
-    options = ["--dataset", "custom", "--data-root", root]
-    while report(*options, "--convert")[0]:  # the second time with labelmap.txt
-        pass
-    test_cases.folder(mask, masked=8)(root)
-    said = report(*options)[1]
-    assert f"{root / 'masks'}: 2 files .png (p06.png for one) are not read; make class ids" in said
-    paste(root, said)
-    assert np.array_equal(converted(root, "p07"), scene(7)[1])
-
-
-def test_masks_in_test_that_are_told_by_colour_are_converted_in_a_folder_of_their_own(tmp_path):
-    root, other = tmp_path / "mine", tmp_path / "other"
-    test_cases.folder(grey(0, 255), images="images/train", masks="masks/train")(root)
-    report("--dataset", "custom", "--data-root", root, "--convert")
-    test_cases.folder(grey(0, 255), images="images/test", image="t{}.jpg", masks="masks/test",
-                      name="t{}.png")(root)
-    said = report("--dataset", "custom", "--data-root", root)[1]
-    assert "6 files .png (t0.png for one) are not read; to evaluate on them, move them and their" in said
-    for part in ("images", "masks"):
-        other.mkdir(exist_ok=True)
-        (root / part / "test").rename(other / part)
-    (other / "class_names.txt").write_text("background\nthing\n")
-    assert report("--dataset", "custom", "--data-root", other, "--convert")[0] == 0
-    assert np.array_equal(converted(other, "t1"), scene(1)[1])
-    assert "t0" not in report("--dataset", "custom", "--data-root", root)[1]
 
 
 def test_a_class_that_no_mask_holds_is_said_as_training_starts(tmp_path, capsys):
