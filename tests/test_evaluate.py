@@ -204,6 +204,9 @@ def test_evaluation_says_how_far_it_is(tmp_path, monkeypatch, capsys):
     # The clock is looked at before the first image, at 0 s, and then before each: after the first at 6 s.
     assert capsys.readouterr().out == ("1 of 5 images evaluated, 0:00:24 left\n"
                                        "3 of 5 images evaluated, 0:00:08 left\n")
+    monkeypatch.setattr(evaluate, "world_size", lambda: 2)  # the other rank takes the other images
+    evaluate.evaluate([Truth()], tiny_data(tmp_path), torch.device("cpu"))
+    assert capsys.readouterr().out.splitlines() == ["2 of 5 images evaluated, 0:00:09 left"]
 
 
 def test_colourize_keeps_the_ids_and_makes_255_white():
@@ -461,18 +464,40 @@ def test_each_image_is_predicted_once_for_its_panel_and_the_table(tmp_path, caps
         (tmp_path / run).mkdir()
         checkpoint(tmp_path / run / "last.pth", ["sky", "road"], **settings)
     ours, theirs = (str(tmp_path / run / "last.pth") for run in ("hagseg", "plain"))
+    state = torch.load(theirs, weights_only=True)
+    state["teacher"]["decoder.2.bias"][1] += 100  # road everywhere
+    torch.save(state, theirs)
     evaluate.main([ours, "--pictures", str(tmp_path / "panels")])
     assert len(calls) == 2  # im4 and im5
     said = capsys.readouterr().out
     assert f"2 panels: {tmp_path}/panels/ID.png\n" in said
-    one = Image.open(tmp_path / "panels" / "im4.png").size
+    data = open_data("custom", root)
+    truth = np.array(colourize(data.mask("im4"), data.palette).convert("RGB"))
+    columns = columns_of(tmp_path / "panels" / "im4.png", 3)
+    assert (columns[1][24:168:12, ::12] == truth).all() and (columns[2][24:168:12, ::12] != truth).any()
+    assert_headings(columns, ["image", "ground truth", "prediction"])
 
     evaluate.main([ours, "--beside", theirs, "--pictures", str(tmp_path / "panels")])
     assert len(calls) == 2 + 4
     header, *rows = capsys.readouterr().out.splitlines()[1:-1]
     assert header.split() == ["plain", "hagseg"]  # the other one left of ours
     assert [row.split()[-1] for row in rows] == [row.split()[-1] for row in said.splitlines()[2:-1]]
-    assert Image.open(tmp_path / "panels" / "im4.png").width == one[0] + one[0] // 3 + 2
+    columns, before = columns_of(tmp_path / "panels" / "im4.png", 4), columns
+    assert (columns[2][24:168] == data.palette[1]).all() and (columns[3][24:168] == before[2][24:168]).all()
+    assert_headings(columns, ["image", "ground truth", "plain", "hagseg"])
+
+
+def columns_of(path, count):
+    """The columns of a panel of a photograph of 16 x 12 pixels, which is shown 12 times as large."""
+    picture = np.array(Image.open(path))
+    assert picture.shape == (20 + 4 + 144 + 4 + 20, 192 * count + 4 * (count - 1), 3)
+    return [picture[:, left:left + 192] for left in range(0, 196 * count, 196)]
+
+
+def assert_headings(columns, headings):
+    for column, heading in zip(columns, headings):
+        caption = np.array(evaluate.caption(heading))
+        assert (column[:20, :caption.shape[1]] == caption).all()
 
 
 @pytest.mark.parametrize("one, other, names", [
