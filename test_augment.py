@@ -70,6 +70,7 @@ def test_weak_scale_flip_and_crop_have_table_5s_ranges():
         flipped.append(crop[0, 0] > crop[0, -1])
     assert 0.42 < np.mean(flipped) < 0.58
     assert weak_augment(photograph(), None, 40, rng(0), scale=(2, 2))[0].size == (40, 40)
+    assert weak_augment(photograph().convert("L"), None, 40, rng(0))[0].mode == "RGB"
 
 
 def test_weak_keeps_a_pixel_of_the_thinnest_image():
@@ -154,10 +155,10 @@ def test_strong_view_is_two_different_operations_one_after_the_other(monkeypatch
     for name in INTENSITY_OPERATIONS:
         monkeypatch.setitem(INTENSITY_OPERATIONS, name,
                             lambda image, rng, name=name: trace.append(name) or image)
-    pairs = set()
+    pairs, image = set(), photograph()
     for seed in range(2000):
         trace.clear()
-        strong_augment(photograph(), rng(seed))
+        assert strong_augment(image, rng(seed)) is image
         assert len(trace) == len(set(trace)) == 2
         pairs.add(tuple(trace))
     assert len(pairs) == 12 * 11

@@ -131,6 +131,21 @@ def test_wiou_takes_any_label_where_nothing_is_valid():
     assert weighted_iou(z1, z2, 2, z1 != 255).tolist() == [0.25]
 
 
+def test_wiou_takes_uint8_maps_of_many_classes():
+    z = torch.full((1, 2, 2), 20, dtype=torch.uint8)  # 20 x 21 classes is more than a uint8 holds
+    assert weighted_iou(z, z, 21).tolist() == [1]
+
+
+def test_one_valid_pixel_is_all_of_an_image():
+    prob_t, prob_s = one_hot([[[1, 0]]], 3, 0.9), one_hot([[[1, 1]]], 3, 0.6)
+    valid = torch.tensor([[[True, False]]])
+    assert confident_ratio(prob_t, 0.8, valid).tolist() == [1]
+    assert instance_hardness(prob_t, prob_s, 0.8, valid).tolist() == [0.5]  # only the teacher is confident
+    assert loss_hardness(prob_t, prob_s, valid=valid).tolist() == pytest.approx([0.4])
+    prob_s[..., 1] = torch.tensor([0.0, 1.0, 0.0])[:, None]  # the label there is impossible, and padding
+    assert loss_hardness(prob_t, prob_s, valid=valid).tolist() == pytest.approx([0.4])
+
+
 def test_ignore_class_makes_a_crop_of_background_maximally_hard():
     background = one_hot(torch.zeros(1, 4, 4, dtype=torch.long), 3)
     assert instance_hardness(background, background, 0.9).item() == 0
@@ -179,6 +194,9 @@ def test_alternatives_of_fig_3a_by_hand():
     # The student gives the teacher's labels 0.8, 0.8, 0.2, 0.8: 1 - their geometric mean.
     expected = 1 - math.prod([0.8, 0.8, 0.2, 0.8]) ** 0.25
     assert loss_hardness(prob_t, prob_s).tolist() == pytest.approx([expected])
+    prob_t, prob_s = random_prob(seed=1), random_prob(seed=2)
+    loss = torch.nn.functional.nll_loss(prob_s.log(), prob_t.argmax(1), reduction="none").mean((1, 2))
+    torch.testing.assert_close(loss_hardness(prob_t, prob_s), 1 - (-loss).exp())
     impossible = one_hot([[[1, 1], [1, 1]]], 2)
     assert loss_hardness(one_hot([[[0, 0], [0, 0]]], 2), impossible).item() == pytest.approx(1)
 

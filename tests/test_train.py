@@ -83,7 +83,8 @@ def one_step(*flags, iteration=3, batch=4, network=None, wrap=lambda student: st
     optimizer = torch.optim.SGD([{"params": student.parameters(), "initial_lr": 0.1}], lr=0.1)
     buffers = [b.clone() for b in teacher.buffers()]
     scalars, gamma = train_step(wrap(student), teacher, optimizer, batch, iteration, args)
-    return dict(zip(METRICS, scalars.tolist())), gamma, student, teacher, batch, args, optimizer, buffers
+    values = dict(zip(METRICS, scalars.tolist(), strict=True))
+    return values, gamma, student, teacher, batch, args, optimizer, buffers
 
 
 def test_a_step_is_algorithm_1():
@@ -129,6 +130,7 @@ def test_a_step_is_algorithm_1():
     assert values["L_u"] == pytest.approx(loss_u.item(), rel=1e-5) and loss_u > 0
     assert values["L"] == pytest.approx((loss_x + 2 * loss_u).item(), rel=1e-5)
     assert values["gamma"] == pytest.approx(gamma.mean().item())
+    assert values["gamma_std"] == pytest.approx(np.std(gamma.numpy()))
     kept = [(labels[i] != IGNORE).sum() / batch["valid"][i].sum() for i in range(4)]
     assert values["confident"] == pytest.approx(sum(kept).item() / 4) and 0 < sum(kept) < 4
 
@@ -150,8 +152,13 @@ def test_a_seeded_step_gives_what_it_always_gave(flags, loss, loss_u, gamma, stu
 
 def test_padding_is_never_supervised():
     # R6. Image 0 has none below its fifth row, and no pseudo-label there.
-    seen = one_step("--cutmix", "none", "--intensity", "none", "--tau", "0")[0]["confident"]
-    assert seen == 1  # of the valid pixels
+    flags = "--cutmix none --intensity none --tau 0".split()
+    assert one_step(*flags)[0]["confident"] == 1  # of the valid pixels
+    # Nor where an image is all padding, or all but one pixel.
+    valid = torch.ones(4, 8, 8, dtype=torch.bool)
+    valid[1:3] = False
+    valid[2, 0, 0] = True
+    assert one_step(*flags, valid=valid)[0]["confident"] == 0.75
 
 
 @pytest.mark.parametrize("flags, views, weighted", [
@@ -186,6 +193,11 @@ def test_supervised_training_sees_labelled_images_alone():
     assert gamma is None and len(student.calls) == 1 and not teacher.calls
     assert len(student.calls[0][0]) == 4 and values["L"] == values["L_x"] > 0
     assert values["L_u"] == values["cutmix_fired"] == 0
+
+
+def test_supervised_training_takes_any_batch():
+    values = one_step("--supervised", batch=2)[0]
+    assert values["L"] == values["L_x"] > 0 and values["gamma"] == 0
 
 
 def cutmix_fires(gamma, *flags):
