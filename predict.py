@@ -74,13 +74,14 @@ def find_photographs(paths):
     for path in paths:
         if not path.exists():
             raise InputError(f"{path}: no such file or folder")
-        inside = [path] if not path.is_dir() else [
-            file for file in files_in(path, IMAGE_SUFFIXES | HEIC_SUFFIXES) if not file.is_dir()]
+        inside = [path]
+        if path.is_dir():
+            inside = [f for f in files_in(path, IMAGE_SUFFIXES | HEIC_SUFFIXES) if not f.is_dir()]
         if not inside:
             raise InputError(f"{path}: no photograph in it; what is read is "
                              f"{' '.join(sorted(IMAGE_SUFFIXES))}")
         found += inside
-    return list({file.resolve(): file for file in found}.values())
+    return list({file.resolve(): file for file in found}.values())  # each once
 
 
 @torch.inference_mode()
@@ -106,7 +107,7 @@ def predict_files(model, state, paths, folder, device, pair=None):
     for file in progress(photographs, "photographs"):
         mask, picture = folder / f"{file.stem}.png", folder / f"{file.stem}_overlay.png"
         try:
-            demand_free([mask, picture], file, sources, written)
+            demand_free(mask, picture, file, sources, written)
             image = decoded(open_photograph(file), file)
         except InputError as error:
             print(f"predict.py: {error}", file=sys.stderr)
@@ -131,11 +132,10 @@ def predict_files(model, state, paths, folder, device, pair=None):
     return skipped
 
 
-def demand_free(targets, file, sources, written):
-    """Raise InputError if writing the targets, mask and overlay, would overwrite anything but earlier
-    results of the photograph `file`."""
-    mask, picture = targets
-    for target in (t.resolve() for t in targets):
+def demand_free(mask, picture, file, sources, written):
+    """Raise InputError if the mask and the picture of a photograph would overwrite anything but their
+    earlier selves: one of the photographs `sources`, what was `written` for others, or a foreign mask."""
+    for target in (mask.resolve(), picture.resolve()):
         if target in sources:
             raise InputError(f"{file}: its result would overwrite a photograph; give another --out")
         if target in written:
