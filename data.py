@@ -657,7 +657,7 @@ class Shapes(SegmentationData):
         train = [f"train_{i:03d}" for i in range(self.TRAIN)]
         val = [f"val_{i:03d}" for i in range(self.VAL)]
         files = {name: Path("shapes") / name for name in train + val}
-        super().__init__(list(SHAPES_CLASSES), voc_palette(len(SHAPES_CLASSES)), files, files, train,
+        super().__init__(list(SHAPES_CLASSES), distinct_palette(len(SHAPES_CLASSES)), files, files, train,
                          val, train)
 
     def image(self, name):
