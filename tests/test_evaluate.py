@@ -412,6 +412,8 @@ def test_pictures_that_cannot_be_written_name_the_flag(tmp_path, capsys):
     error = capsys.readouterr().err
     assert end.value.code == 2 and len(error.splitlines()) == 1
     assert f"--pictures {tmp_path}/file: cannot be written (File exists); give another --pictures" in error
+    evaluate.main([str(path), "--pictures", str(tmp_path / "another")])
+    assert (tmp_path / "another" / "im4.png").exists()
 
 
 def checkpoint(path, classes=("dark", "bright"), **settings):
