@@ -204,81 +204,83 @@ def check_palettes(data, palettes, found):
 def unused(data, pixels):
     """What lies in an own folder and is not used, or not as it seems to be meant: lines about masks, and
     lines about photographs, each with an example, a count, and what to do."""
-    owners = {IMAGE_ENDING.sub("", tails(name)[-1]).lower(): name
+    owners = {IMAGE_ENDING.sub("", tails(name)[-1]).lower(): tails(name)[-1]
               for name in sorted(data.images, key=len, reverse=True)}
 
-    def owner(name):  # the image whose mask a file of this stem seems to be, or None
-        stem = tails(name)[-1]
+    def owner(stem):  # the stem of the image whose mask a file of this stem seems to be; None, if its own
         image = owners.get(MASK_ENDING.sub("", stem).lower())
-        return None if image is None or tails(image)[-1] == stem else image
+        return None if image == stem else image
 
-    def beginning(name):  # the image with whose stem this one begins, or None
-        cuts = [match.start() for match in re.finditer("[-_. ]", name)]
-        return next((owners[name[:cut].lower()] for cut in cuts[::-1] if name[:cut].lower() in owners), None)
+    def beginning(stem):  # the stem of an image with which this one begins, or None
+        cuts = [match.start() for match in re.finditer("[-_. ]", stem)]
+        return next((owners[stem[:cut].lower()] for cut in cuts[::-1] if stem[:cut].lower() in owners), None)
 
-    of_masks, of_photographs = (a + b for a, b in zip(
-        misused(data, pixels, owner, beginning), unread(data, owner)))
+    of_masks, of_photographs = misused(data, pixels, owner, beginning)
+    for lines, more in zip((of_masks, of_photographs), unread(data, owner)):
+        lines += more
     return of_masks[:4], of_photographs[:4]
 
 
 def misused(data, pixels, owner, beginning):
     """unused(): files that are read, or listed, otherwise than they seem to be meant."""
-    copies = [name for name, path in data.images.items() if owner(name) or looks_like_mask(path)]
-    copies.sort(key=lambda name: not owner(name))
-    place, meant = f"into {data.folders[1]}/", owner(copies[0]) if copies else None
-    if meant:
-        place = "elsewhere" if meant in data.masks else f"{place}, this one as {meant}.png, and so on"
-    strays = sorted(data.masks.keys() - data.images.keys(), key=lambda name: (not owner(name), name))
-    starts = Counter(map(beginning, strays))
-    several = [name for name in strays if beginning(name) and starts[beginning(name)] > 1]
-    strays = [name for name in strays if name not in several]
-    meant = owner(strays[0]) or beginning(strays[0]) if strays else None
+    of_masks, of_photographs = [], []
+
+    def say(lines, files, text):
+        if files:
+            lines.append(f"{files[0]}: {len(files)} {text}")
+
+    copies = sorted((path for path in data.images.values() if owner(path.stem) or looks_like_mask(path)),
+                    key=lambda path: (not owner(path.stem), path))
+    meant = owner(copies[0].stem) if copies else None
+    place = f"into {data.folders[1]}/" + (f", this one as {meant}.png, and so on" if meant else "")
+    if copies and {meant, copies[0].stem} & data.masks.keys():
+        place = "elsewhere"
+    say(of_masks, copies, "files like this one look like masks, and are read as photographs; move them "
+        + place)
+    strays = sorted((data.masks[name] for name in data.masks.keys() - data.images.keys()),
+                    key=lambda path: (not owner(path.stem), path))
+    starts = Counter((path.parent, beginning(path.stem)) for path in strays)
+    several = [path for path in strays if (start := beginning(path.stem)) and starts[path.parent, start] > 1]
+    say(of_masks, several, "masks like this one are one of several of an image, which has one mask, of its "
+        "own stem; if each is of one class, merge them into it, where each pixel is its class; else keep one "
+        "and rename it")
+    strays = sorted({*strays} - {*several}, key=strays.index)
+    meant = owner(strays[0].stem) or beginning(strays[0].stem) if strays else None
     rename = f": call this one {meant}.png, and so on" if meant and meant not in data.masks else ""
+    say(of_masks, strays, "masks like this one have no image of their name; a mask needs the stem of its "
+        f"image, and its folder, if several images have that stem{rename}")
     one_class = [name for name in pixels if len({*np.flatnonzero(pixels[name])} - {IGNORE}) == 1]
-    white = [name for name in one_class if pixels[name][IGNORE]]
-    unlisted = sorted(data.images.keys() - {*data.train, *data.val, *data.test, *data.bare})
+    say(of_photographs, [data.masks[name] for name in one_class if pixels[name][IGNORE]], "masks like this "
+        f"one hold one class alone, beside {IGNORE}, which is ignored; if {IGNORE} is a class in them, "
+        f"export them again, with its id")
+    say(of_photographs, [data.masks[name] for name in one_class if not pixels[name][IGNORE]], "masks like "
+        "this one hold one class alone; if nobody annotated these, move them elsewhere, and they are unlabelled")
+    say(of_photographs, [data.images[name] for name in data.bare], "photographs in val/ have no mask, and "
+        "are not used; add their masks, or move them to the training images")
+    unlisted = data.images.keys() - {*data.train, *data.val, *data.test, *data.bare}
+    say(of_photographs, sorted(data.images[name] for name in unlisted), "photographs like this one are on no "
+        "list in ImageSets/Segmentation; to train on them, add them to its train.txt")
+    say(of_photographs, [data.images[name] for name in data.test], "photographs in test/ are not trained on; "
+        "evaluate.py takes a --list of them")
     twins = twins_of(data)
-    of_masks = (
-        (copies, data.images,
-         f"files like this one look like masks, and are read as photographs; move them {place}"),
-        (several, data.masks,
-         "masks like this one are one of several of an image, which has one mask, of its own stem; if each "
-         "is of one class, merge them into it, where each pixel is its class; else keep one and rename it"),
-        (strays, data.masks,
-         f"masks like this one have no image of their name; a mask needs the stem of its image{rename}"))
-    of_photographs = (
-        (white, data.masks,
-         f"masks like this one hold one class alone, beside {IGNORE}, which is ignored; if {IGNORE} is a "
-         f"class in them, export them again, with its id"),
-        (sorted({*one_class} - {*white}), data.masks,
-         "masks like this one hold one class alone; if nobody annotated these, move them elsewhere, and "
-         "their images are unlabelled"),
-        (data.bare, data.images,
-         "photographs in val/ have no mask, and are not used; add their masks, or move them to the training "
-         "images"),
-        (unlisted, data.images,
-         "photographs like this one are on no list in ImageSets/Segmentation; to train on them, add them to "
-         "its train.txt"),
-        (data.test, data.images,
-         "photographs in test/ are not trained on; evaluate.py takes a --list of them"),
-        ([*twins], data.images,
-         f"validation images like this one are training images under another name, here "
-         f"{short_list(twins.values(), 1)}; mIoU will count what was learnt by heart: remove one of two"))
-    return ([f"{files[names[0]]}: {len(names)} {text}" for names, files, text in lines if names]
-            for lines in (of_masks, of_photographs))
+    say(of_photographs, [*twins], "validation images like this one are training images under another name, "
+        f"here {short_list(twins.values(), 1)}; mIoU counts what was learnt by heart: keep one copy of each")
+    return of_masks, of_photographs
 
 
 def twins_of(data):
-    """Validation image -> a training image whose file has the same bytes. Sizes are compared first."""
-    def look(name):
-        with suppress(OSError, KeyError), open(data.images[name], "rb") as file:
+    """File of a validation image -> that of a training image with the same bytes."""
+    def middle(path):
+        with suppress(OSError), open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             file.seek(size // 2)
-            return size, file.read(4096)
+            return size, hash(file.read(4096))
 
-    val = {look(name): name for name in data.val}
-    same = {val[start]: name for name in data.train if (start := look(name)) in val and start}
-    return {a: b for a, b in same.items() if data.images[a].read_bytes() == data.images[b].read_bytes()}
+    val, train = ([data.images[name] for name in names if name in data.images]
+                  for names in (data.val, data.train))
+    known = {middle(path): path for path in train}
+    pairs = {path: known[some] for path in val if (some := middle(path)) and some in known}
+    return {path: twin for path, twin in pairs.items() if path.read_bytes() == twin.read_bytes()}
 
 
 def unread(data, owner):
@@ -295,36 +297,34 @@ def unread(data, owner):
     for (folder, suffix), paths in groups.items():
         parts = folder.relative_to(data.root).parts or ("",)
         among_images, among_masks = folder.is_relative_to(photographs), parts[0] in (*MASK_FOLDERS, OLD_MASKS)
-        if not among_images:
-            again = [path for path in paths
-                     if any(way in data.masks for way in tails(name_in(data.root, path)))]
-            paths = sorted({*paths} - {*again})
-            if again and among_masks and suffix in MASK_SUFFIXES:
-                why = (f"as {masks} has masks of their names; move away those that are wrong"
-                       if parts[0] != OLD_MASKS else "left over from an earlier version; remove them")
-                of_masks.append(f"{folder}: {len(again)} masks are not read, {why}")
-        if not paths or not (among_images or among_masks or suffix in IMAGE_SUFFIXES | HEIC_SUFFIXES):
+        fresh = [path for path in paths if among_images or data.masks.keys().isdisjoint(
+            tails(name_in(data.root, path)))]
+        if len(fresh) < len(paths) and among_masks and suffix in MASK_SUFFIXES:
+            why = (f"as {masks} has masks of their names; move away those that are wrong"
+                   if parts[0] != OLD_MASKS else "left over from an earlier version; remove them")
+            of_masks.append(f"{folder}: {len(paths) - len(fresh)} masks are not read, {why}")
+        if not fresh or not (among_images or among_masks or suffix in IMAGE_SUFFIXES | HEIC_SUFFIXES):
             continue
+        meant, remedy = owner(fresh[0].stem), "if they are photographs, convert them to JPEG"
         seem_masks = among_masks or suffix in IMAGE_SUFFIXES and (
-            any(map(MASK_FOLDER.fullmatch, parts)) or looks_like_mask(paths[0])
-            or 2 * sum(bool(owner(path.stem)) for path in paths) > len(paths))
-        meant, lines = owner(paths[0].stem), of_masks if seem_masks else of_photographs
+            any(map(MASK_FOLDER.fullmatch, parts)) or looks_like_mask(fresh[0])
+            or 2 * sum(bool(owner(path.stem)) for path in fresh) > len(fresh))
         if seem_masks and masks.name == OLD_MASKS:
             remedy = (f"an earlier version made {masks}/ of such: to read these instead, move it away, and "
                       f"{data.colours_remedy('')}")
         elif seem_masks and suffix in MASK_SUFFIXES:
-            remedy = f"if they are masks, move them into {new_mask}/" + (
-                f", this one as {meant}{suffix}, and so on" if meant else "")
+            rename = f", this one as {meant}{suffix}, and so on" if meant else ""
+            remedy = f"if they are masks, move them into {new_mask}/{rename}"
         elif seem_masks:
-            remedy = (f"if they are masks, export them again, as PNGs, into {new_mask}/"
-                      + (": JPEG changes ids" if suffix[:3] in (".jp", ".jf") else ""))
+            why = ": JPEG changes ids" if suffix[:3] in (".jp", ".jf") else ""
+            remedy = f"if they are masks, export them again, as PNGs, into {new_mask}/{why}"
         elif suffix in IMAGE_SUFFIXES:
             remedy = f"to train on them, move them into {new_image}/, each under a name of its own"
         elif suffix in (".json", ".xml", ".txt"):
             remedy = "masks are read, not annotations: export index PNGs of them"
-        else:
-            remedy = "if they are photographs, " + (
-                "convert them to JPEG" if suffix else f"call this one {paths[0].name}.jpg, and so on")
-        lines.append(f"{folder}: {len(paths)} files {suffix or 'without suffix'} ({paths[0].name} for one) "
-                     f"are not read; {remedy}")
+        elif not suffix:
+            remedy = f"if they are photographs, call this one {fresh[0].name}.jpg, and so on"
+        (of_masks if seem_masks else of_photographs).append(
+            f"{folder}: {len(fresh)} files {suffix or 'without suffix'} ({fresh[0].name} for one) are not "
+            f"read; {remedy}")
     return of_masks, of_photographs

@@ -299,13 +299,15 @@ def walk(top, links_below=None):
     """Yields the paths of the files below a folder, none hidden, a folder after the other and each folder
     once, whatever links to it. With `links_below`, a look around: links to folders are followed only in those
     folders, and folders that may not be read are passed over."""
-    folders, links, seen = [str(top)], [], set()
+    def identity(folder):
+        return os.stat(folder).st_dev, os.stat(folder).st_ino
+
+    folders, links, seen = [str(top)], [], {*map(identity, Path(top).resolve().parents)}
     while folders or links:
         folder = (folders or links).pop(0)  # links last: a folder is known by its own name
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:
+        if identity(folder) in seen:
             continue
-        seen.add((status.st_dev, status.st_ino))
+        seen.add(identity(folder))
         try:
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except PermissionError:
@@ -355,10 +357,8 @@ def with_ids(folder, files, images=None):
     tests = Counter(tails(name)[-1] for name in {*names} if in_folder(name, "test"))
     for path, name in zip(files, names):
         *_, stem = ways = tails(name)
-        if images is None:
-            name = stem if count[stem] - (0 if in_folder(name, "test") else tests[stem]) == 1 else name
-        else:
-            name = next((way for way in ways if way in images), stem)
+        own = stem if count[stem] - (0 if in_folder(name, "test") else tests[stem]) == 1 else name
+        name = own if images is None else next((way for way in ways if way in images), own)
         if re.search("[\n\r\ud800-\udfff]", name):  # the latter: bytes that are no UTF-8
             raise InputError(f"{folder}: a file has the strange name {ascii(path.name)}; rename it")
         other = found.setdefault(name, path)

@@ -422,7 +422,9 @@ def main(argv=None):
         with results_into(args.pictures, "--pictures"):
             args.pictures.mkdir(parents=True, exist_ok=True)
             picture = panel([(image, labels, *maps)], headings, data.classes, data.palette)
-            picture.save(args.pictures / f"{name}.png")
+            path = args.pictures / f"{name}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)  # an id may hold a folder
+            picture.save(path)
 
     try:
         networks, state = together(open_networks, args, device)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from data import HEIC_SUFFIXES, IMAGE_SUFFIXES, InputError, files_in, open_photograph
+from data import HEIC_SUFFIXES, IMAGE_SUFFIXES, InputError, files_in, open_photograph, tails
 from evaluate import (
     autocast,
     caption,
@@ -164,7 +164,7 @@ def write_table(path, header, rows):
 def print_hardest(ranked, lists):
     """Name the first ten that are to be labelled next: those that have no mask in the run's `lists`."""
     masked = {*lists.get("labelled", ()), *lists.get("val", ())}
-    new = [row for row in ranked if Path(row[0]).stem not in masked]
+    new = [row for row in ranked if not masked.intersection(tails(Path(row[0]).with_suffix("").as_posix()))]
     print(f"\nThe hardest of the {len(new)} without a mask in training, to label next:\n{GAMMA}")
     for name, gamma, *_ in new[:10]:
         print(f" {gamma:.2f}  {name}".encode(errors="backslashreplace").decode())

@@ -9,7 +9,6 @@ name only when it is complete. What the user has is read, never changed.
 """
 
 import argparse
-import errno
 import os
 import shutil
 import sys
@@ -73,7 +72,7 @@ def download_voc(root):
     except InputError:  # not there, or not complete
         make_blended_masks(root)
         train = open_voc(root).train
-    demand_count(train, find_folder(root, *VOC_PLACES) / BLENDED_MASKS)
+    demand_all(train, find_folder(root, *VOC_PLACES) / BLENDED_MASKS)
     print(f"{root}: {len(train)} training ids. The archives and benchmark_RELEASE/ in it may now be removed")
 
 
@@ -82,37 +81,41 @@ def make_blended_masks(root):
     try:
         from scipy.io import loadmat
     except ImportError:
-        raise InputError(f"--download: reading SBD's .mat masks needs scipy; pip install scipy, and "
-                         f"{AGAIN}") from None
+        raise InputError(f"--download: SBD's .mat masks need scipy; pip install scipy, and {AGAIN}") from None
     try:
         voc = find_folder(root, *VOC_PLACES)
     except InputError:
         voc = unpacked(root, *map(DATASET_YEAR_DICT["2012"].get, ("base_dir", "url", "filename", "md5")))
-    lists = [f"ImageSets/Segmentation/{part}.txt" for part in ("train", "val")]
-    demand(voc, lists)
-    train, val = (read_list(voc / file) for file in lists)
+    train, val = (ids_in(voc, f"ImageSets/Segmentation/{part}.txt") for part in ("train", "val"))
     demand(voc, [f"SegmentationClass/{name}.png" for name in train + val])
     sbd = unpacked(root, "benchmark_RELEASE", SBDataset.url, SBDataset.filename, SBDataset.md5) / "dataset"
-    demand(sbd, ["train.txt", "val.txt"])
-    ids = sorted({*train, *read_list(sbd / "train.txt"), *read_list(sbd / "val.txt")} - {*val})
-    demand_count(ids, sbd)
+    ids = sorted({*train, *ids_in(sbd, "train.txt"), *ids_in(sbd, "val.txt")} - {*val})
+    demand_all(ids, sbd)
     own = stems(voc / "SegmentationClass")
     demand(voc, [f"JPEGImages/{name}.jpg" for name in ids])
     demand(sbd, [f"cls/{name}.mat" for name in ids if name not in own])
 
-    part = voc / f"{BLENDED_MASKS}.part"
-    part.mkdir(exist_ok=True)
+    folder, colours = voc / f"{BLENDED_MASKS}.part", np.array(voc_palette(256), np.uint8).tobytes()
+    folder.mkdir(exist_ok=True)
     for name in progress(ids, "masks written"):
-        if (part / f"{name}.png").exists():
+        path, mask, part = own.get(name, sbd / f"cls/{name}.mat"), folder / f"{name}.png", folder / name
+        if mask.exists():
             continue
-        path = own.get(name, sbd / "cls" / f"{name}.mat")
         with reading(path):  # scipy has a dozen kinds of errors for a damaged file
             labels = np.array(Image.open(path)) if name in own else loadmat(path)["GTcls"][
                 "Segmentation"][0, 0]
         if labels.ndim != 2 or ((labels > 20) & (labels != IGNORE)).any():
             raise InputError(f"{path}: not a map of VOC's 21 classes; replace it, and {AGAIN}")
-        write_png(labels, voc_palette(21), part / f"{name}.png")
-    os.replace(part, voc / BLENDED_MASKS)
+        picture = Image.fromarray(labels.astype(np.uint8))
+        picture.putpalette(colours)
+        picture.save(part, "PNG")
+        os.replace(part, mask)
+    os.replace(folder, voc / BLENDED_MASKS)
+
+
+def ids_in(folder, file):
+    demand(folder, [file])
+    return read_list(folder / file)
 
 
 def demand(folder, files):
@@ -122,7 +125,7 @@ def demand(folder, files):
                          f"away, and {AGAIN}")
 
 
-def demand_count(ids, source):
+def demand_all(ids, source):
     if len(ids) != TRAINING_SETS["voc"]:
         raise InputError(f"{source}: gives {len(ids)} training ids, but the protocol has "
                          f"{TRAINING_SETS['voc']}; move that folder away, and {AGAIN}")
@@ -140,15 +143,13 @@ def unpacked(root, folder, url, filename, md5):
     try:
         part.mkdir(parents=True)
         with tarfile.open(archive) as tar:
-            # "data" refuses what would be written outside; Pythons before 3.10.12 and 3.11.4 have
-            # no filters, and trust the checksum.
+            # "data" refuses what would be written outside; old Pythons without it trust the checksum.
             tar.extraction_filter = getattr(tarfile, "data_filter", lambda entry, path: entry)
             tar.extractall(part)
         os.replace(part / folder, target)
     except (OSError, tarfile.TarError, EOFError, zlib.error) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{archive}: cannot be unpacked ({reason}); make room, or remove it if damaged, and "
-                         f"{AGAIN}") from None
+        raise InputError(f"{archive}: cannot be unpacked ({' '.join(str(error).split())}); make room, or "
+                         f"remove it if damaged, and {AGAIN}") from None
     shutil.rmtree(part, ignore_errors=True)
     return target
 
@@ -180,40 +181,39 @@ def write_label_map(root):
     What is known is proposed: an index or a grey value is a class id, and of two classes the first is black,
     the second white. Every other colour gets a ?, which is refused until the user has replaced it.
     """
-    label_map, names_file = root / "labelmap.txt", root / "class_names.txt"
+    label_map, part, names_file = (
+        root / name for name in ("labelmap.txt", "labelmap.part", "class_names.txt"))
     if label_map.exists():
         return
     folder, files = mask_files(root)
     if not files:
         raise InputError(f"{root}: no masks in {'/, '.join(MASK_FOLDERS)}/; give the folder that holds one "
                          f"of them as --data-root")
-    names = read_class_names(names_file) if names_file.exists() else []
     colours = find_colours(files)
     if len(colours) == 1:
         raise InputError(f"{folder}: its masks hold the colour {written(*colours)} alone; export them again, "
                          f"with a colour for each class, and without transparency, and {AGAIN}")
-    labels, total = proposed_labels(colours, names), sum(count for count, *_ in colours.values())
+    labels = proposed_labels(colours, read_class_names(names_file) if names_file.exists() else [])
+    total = sum(count for count, *_ in colours.values())
     shares = {colour: f"{count / total:.2%} of the pixels" for colour, (count, *_) in colours.items()}
-    part = label_map.with_suffix(".part")
+    text = "# label:color_rgb:parts:actions\n" + "".join(
+        f"# {shares[colour]}, {path.name} for one\n{labels[colour]}:{written(colour)[1:-1]}::\n"
+        for colour, (_, path, _) in colours.items())
     try:
-        part.write_text("# label:color_rgb:parts:actions\n" + "".join(
-            f"# {shares[colour]}, {path.name} for one\n{labels[colour]}:{written(colour)[1:-1]}::\n"
-            for colour, (_, path, _) in colours.items()), "utf-8")
+        part.write_text(text, "utf-8")
         os.replace(part, label_map)
     except OSError as error:
-        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
-            raise
-        here, links = quote(str(root.resolve())), f"{root.resolve().name}-links"
-        raise InputError(f"{label_map}: cannot be written ({error.strerror}); work in a folder of links: "
-                         f"mkdir {quote(links)} && ln -s {here}/* {quote(links)}/ && "
-                         f"{command('prepare.py', 'custom', links, '--colours')}") from None
+        here, links = root.resolve(), quote(f"{root.resolve().name}-links")
+        raise InputError(
+            f"{label_map}: cannot be written ({error.strerror}); make room, or work in a folder of links: "
+            f"mkdir {links} && ln -s {quote(str(here))}/* {links}/ && "
+            f"{command('prepare.py', 'custom', f'{here.name}-links', '--colours')}") from None
     if "?" in labels.values():
         raise InputError(f"{label_map}: written, with the {len(colours)} colours of {folder}; put the name "
                          f"of its class in place of each ? (ignore, if it is none), and check it: "
                          f"{command('prepare.py', 'custom', root)}")
-    print(f"{label_map}: written")
-    for colour, label in labels.items():
-        print(f"{written(colour):13} is {label}, {shares[colour]}")
+    print(f"{label_map}: written", *(f"{written(colour):13} is {label}, {shares[colour]}"
+                                     for colour, label in labels.items()), sep="\n")
     if labels.keys() == {BLACK, WHITE}:
         print(f"if it is the other way round, swap the two names in {label_map}")
 
@@ -249,23 +249,14 @@ def proposed_labels(colours, names):
     if 0 not in ids.values() or any(None in ids for _, _, ids in colours.values()):  # greys beside colours
         ids = {}
     labels = {colour: dict(enumerate(names)).get(ids.get(colour), "?") for colour in colours}
-    rest = {colour for colour in colours if labels[colour] == "?"}
+    rest = [colour for colour in colours if labels[colour] == "?"]
     if rest and len(names) == 2 and colours.keys() == {BLACK, WHITE}:
         return dict(zip((BLACK, WHITE), names))
     if len(colours) - len(rest) > 1 and {ids.get(colour) for colour in rest} <= {len(names), IGNORE}:
-        return {colour: "ignore" if colour in rest else label for colour, label in labels.items()}
+        return labels | dict.fromkeys(rest, "ignore")
     if len(rest) > (2 * len(names) + 8 if names else 64):  # the shades of smoothed edges
-        return {colour: "?" if i < (len(names) or 64) else "ignore" for i, colour in enumerate(colours)}
+        return dict.fromkeys(colours, "ignore") | dict.fromkeys([*colours][:len(names) or 64], "?")
     return labels
-
-
-def write_png(labels, colours, path):
-    """Write (H, W) ids as an index PNG, which has another name until it is complete."""
-    colours = [*colours, *voc_palette(256)[len(colours):]]  # given fewer, Pillow cuts 255 short
-    picture = Image.fromarray(labels.astype(np.uint8))
-    picture.putpalette(np.array(colours, np.uint8).tobytes())
-    picture.save(path.with_suffix(".part"), "PNG")
-    os.replace(path.with_suffix(".part"), path)
 
 
 def main(argv=None):

@@ -93,7 +93,7 @@ def both(*makers):
 
 
 def lists(train=None, val=None, names=("train.txt", "val.txt")):
-    return lambda root: [write(root / LISTS / name, "".join(f"{i}\n" for i in ids.split()))
+    return lambda root: [write(root / LISTS / name, ids if "\n" in ids else ids.replace(" ", "\n"))
                          for name, ids in zip(names, (train, val)) if ids]
 
 
@@ -109,6 +109,19 @@ def unannotated(root):
     cvat()(root)
     for i in range(6, 12):
         save(np.zeros((32, 48, 3), np.uint8), root / f"SegmentationClass/p{i:02d}.png")
+
+
+def one_class_each(root, name="{}/p{:02d}.png"):
+    """Masks of 0 and 255 for each class: in a folder, or a file, of its own."""
+    folder(masked=0)(root)
+    for i in range(6):
+        for k, label in enumerate(("background", "thing")):
+            save((scene(i)[1] == k) * np.uint8(255), root / "masks" / name.format(*(
+                (label, i) if "/" in name else (i, label))))
+
+
+def link(target, *names):
+    return lambda root: [(root / name).symlink_to((root / target).resolve()) for name in names]
 
 
 train_and_val = both(folder(images="images/train", masks="masks/train"),
@@ -283,6 +296,12 @@ def without(text, by=""):
 def export_again(root, said):
     """Masks as index PNGs of the right size and name, in masks/."""
     shutil.rmtree(root / "masks", ignore_errors=True)
+    folder()(root)
+
+
+def merge(root, said):
+    """One mask an image, where each pixel is its class; what was there is moved away."""
+    (root / "masks").rename(root / "of_classes")
     folder()(root)
 
 
@@ -490,7 +509,52 @@ CASES = {
                      pictures("images/p09.jpg")),
     "no photographs": (folder(count=0), "images: no photographs in it", lambda root, said: folder()(root)),
     "no folder": (folder(images="."), "call the folder of the photographs images/", move("*.jpg", "images")),
+    "Segments.ai": (folder(masks="images", name="p{:02d}_label_ground-truth.png"),
+                    "p00_label_ground-truth.png: 6 files like .*, this one as p00.png",
+                    move("images/*.png", "masks", without("_label_ground-truth"))),
+    "fastai": (folder(masks="labels", name="p{:02d}_P.png"), "labels: 6 files .*masks/, this one as p00.png",
+               move("labels/*", "masks", without("_P"))),
+    "test_masks/": (folder(masks="test_masks"), "test_masks: 6 files .png .*if they are masks, move them",
+                    move("test_masks/*", "masks")),
+    "nnU-Net": (folder(image="c_{:03d}_0000.jpg", name="c_{:03d}.png"),
+                ": call this one c_000_0000.png",
+                move("masks/*", "masks", without(".png", "_0000.png"))),
+    "labels of Cityscapes": (folder(image="c_{}_leftImg8bit.jpg", name="c_{}_gtFine_labelIds.png"),
+                             "6 masks like this one .*: call this one c_0_leftImg8bit.png",
+                             move("masks/*", "masks", without("gtFine_labelIds", "leftImg8bit"))),
+    "labels/ among photographs": (
+        both(folder(images="images/a", masked=3), folder(images="images/a", masks="images/labels")),
+        "6 files like this one look like masks, and are read as photographs; move them elsewhere",
+        move("images/labels/*.png", "elsewhere")),
+    "a photograph and its mask": (folder(masks="images"), "a photograph and a mask; move the masks, such as "
+                                  "p00.png, into a folder masks/ beside images/",
+                                  move("images/*.png", "masks")),
+    "masks of 16 bits among photographs": (
+        folder(lambda labels: labels.astype(np.uint16), masks="images", name="p{:02d}_x.png"),
+        "p00_x.png: has more than 8 bits a channel .and 5 more.; it looks like a mask: move it to the masks",
+        move("images/*.png", "masks", without("_x"))),
+    "a folder for each class": (one_class_each, "background and .*masks/thing: each has a mask of p00, ",
+                                merge),
+    "a file for each class": (lambda root: one_class_each(root, "p{:02d}_{}.png"), "12 masks like this one "
+                              "are one of several of an image, .*merge them", merge),
+    "georeferences": (files(b"1", *(f"{name}{suffix}" for name in ("images/p00", "masks/p00")
+                                    for suffix in (".jgw", ".pgw", ".wld", ".tfw", ".png.aux.xml"))), None),
+    "a link to itself": (both(folder(), link("images", "images/images", "images/again")), None),
+    "links in a circle": (
+        both(folder(images="images/a"), link(".", "images/up"), link("images", "images/a/up")), None),
     # Names
+    "numbered alike, and masks otherwise": (both(
+        folder(images="images/train", masks="masks/train", name="p{:02d}_gt.png"),
+        folder(images="images/val", masks="masks/val", name="p{:02d}_gt.png", count=3)),
+        "9 masks like this one have no image .*: call this one p0.*.png",
+        lambda root, said: [move(f"masks/{part}/*", f"masks/{part}", without("_gt"))(root, said)
+                            for part in ("train", "val")]),
+    "numbered alike": (both(folder(images="images/train", masks="masks/train"), folder(
+        images="images/val", masks="masks/val", count=3)), "12 for training, 3 for validation$"),
+    "edges": (both(folder(image=" p {:02d} .jpg", name=" p {:02d} .png"), lists(val=" p 04 \n p 05 ")),
+              "10 for training, 2 for validation$"),
+    "sizes as class names": (folder(names="10 mm bolt\n12 mm bolt"), None),
+    "inches as class names": (folder(names="1 inch\n2 inch"), None),
     "capitals": (folder(image="p{:02d}.JPG", name="p{:02d}.PNG"), None),
     ".jfif": (both(folder(), lambda root: move("images/*", "images", without("jpg", "jfif"))(root, 0)), None),
     "names of Cityscapes": (both(folder(image="c_{}_leftImg8bit.jpg", name="c_{}_leftImg8bit.png"), lists(
@@ -583,6 +647,41 @@ def test_what_is_said(tmp_path, name):
     if pattern is None:
         assert not re.search("not read|like this one|holds? ", said), said
     assert contents(root) == before
+
+
+NOTES = {
+    "label images among photographs": (both(folder(), folder(masks="images", name="x{:02d}.png")),
+                                       "6 files like this one look like masks, .*; move them into .*masks/$",
+                                       move("images/*.png", "masks")),
+    "of two colours": (both(folder(), folder(coloured(MEADOW, DISC), masks="images", name="x{:02d}.png")),
+                       "6 files like this one look like masks", move("images/*.png", "elsewhere")),
+    "numbered alike, and masks of one folder": (
+        both(folder(images="images/train"), folder(images="images/val", count=4, masked=0)),
+        "4 masks like this one have no image .*and its folder, if several images have that stem",
+        lambda root, said: [move("masks/p0[4-9].png", "masks/train")(root, said),
+                            move("masks/*.png", "masks/train")(root, said)]),
+    "copies in validation": (both(train_and_val, folder(
+        masked=0, images="images/train", image="copy{:02d}.jpg")),
+                             "val/v0.jpg: 3 validation images like this one are training images under "
+                             "another name, here .*keep one copy of each", lambda root, said: [
+                                 (root / f"images/{name}.jpg").unlink() for i in range(3) for name in (
+                                     f"train/p{i:02d}", f"train/copy{i:02d}")]),
+    "val/ without masks": (both(train_and_val, folder(images="images/val", masked=0, image="w{}.jpg")),
+                           "12 photographs in val/ have no mask, and are not used",
+                           move("images/val/w*", "images/train")),
+}
+
+
+@pytest.mark.parametrize("name", NOTES)
+def test_a_note_is_followed(tmp_path, name):
+    make, pattern, remedy = NOTES[name]
+    arguments = ["--dataset", "custom", "--data-root", tmp_path]
+    make(tmp_path)
+    code, said = check(*arguments)
+    assert code == 0 and re.search(pattern, said, re.MULTILINE), said
+    remedy(tmp_path, said)
+    code, said = check(*arguments)
+    assert code == 0 and not re.search(pattern, said, re.MULTILINE), said
 
 
 REMEDIES = [(name, remedy) for name, (_, _, *remedies) in CASES.items() for remedy in remedies]

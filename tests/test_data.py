@@ -107,6 +107,85 @@ def test_cityscapes_masks_become_training_ids(tmp_path, kind):
     assert problems(found, found.train, []) == []
 
 
+def test_cityscapes_takes_label_ids_where_an_image_has_no_others(tmp_path):
+    root = cityscapes(cityscapes(tmp_path), "labelTrainIds")
+    for path in root.glob("gtFine/*/ulm/*labelTrainIds.png"):
+        path.unlink()
+    found = open_data("cityscapes", root)
+    assert found.masks["aachen_000000_000019"].name.endswith("TrainIds.png")
+    for name in found.train + found.val:
+        assert np.asarray(found.mask(name)).ravel()[:6].tolist() == [0, 1, 18, 255, 255, 13]
+
+
+def test_voc_as_unimatch_has_it(tmp_path):
+    """All masks in SegmentationClass/; where the lists are missing, they are copied from its repository."""
+    base = voc(tmp_path) / "VOCdevkit/VOC2012"
+    for path in (base / "SegmentationClassAug").iterdir():
+        path.rename(base / "SegmentationClass" / path.name)
+    (base / "SegmentationClassAug").rmdir()
+    lists = base / "ImageSets/Segmentation"
+    lists.rename(tmp_path / "splits")
+    with pytest.raises(InputError, match="train.txt: no such file; copy train.txt and val.txt") as error:
+        open_data("voc", tmp_path)
+    assert "1464/labeled.txt is the train.txt" in str(error.value)
+    lists.mkdir()
+    for name in ("train.txt", "val.txt"):
+        (lists / name).write_text("".join(f"JPEGImages/{i}.jpg SegmentationClass/{i}.png\n" for i in (
+            tmp_path / "splits" / name).read_text().split()))
+    found = open_data("voc", tmp_path)
+    assert len(found.train) == 10 and len(found.val) == 2
+    assert open_data("voc_classic", tmp_path).labelled == [f"2007_{i:06d}" for i in range(6)]
+
+
+@pytest.mark.parametrize("name", ["scan 01 ", " a", "# b", "c.jpg d", "train/0001", "e\u2028f"])
+def test_ids_survive_a_list(tmp_path, name):
+    (tmp_path / "list.txt").write_text(f"{name}\nother\n")
+    assert read_list(tmp_path / "list.txt", {name: 0, "other": 0}) == [name, "other"]
+
+
+def test_photographs_of_one_stem_have_ids_with_their_folders(tmp_path):
+    root = custom(tmp_path, val=0)
+    for top in (root / "JPEGImages", root / "SegmentationClass"):
+        top.rename(tmp_path / "train")
+        top.mkdir()
+        (tmp_path / "train").rename(top / "train")
+    for name, value in (("im0", 0), ("im7", 1), ("v", 1)):
+        save(root / f"JPEGImages/val/{name}.jpg", photograph(99))
+        save(root / f"SegmentationClass/val/{name}.png", np.full((12, 16), value))
+    lists = root / "ImageSets/Segmentation"
+    found = open_data("custom", root)
+    assert found.val == ["v", "val/im0", "val/im7"]
+    assert {"im1", "train/im0", "train/im7"} < {*found.train} and "train/im7" not in found.masks
+    assert np.asarray(found.mask("train/im0")).max() == 1 and np.asarray(found.mask("val/im0")).max() == 0
+    lists.mkdir(parents=True)
+    (lists / "val.txt").write_text("JPEGImages/val/im0.jpg\n")  # in any form
+    assert open_data("custom", root).val == ["val/im0"]
+
+
+@pytest.mark.parametrize("colours, own, expected", [
+    ([(9, 9, 9), (200, 0, 0)], [(1, 0, 0), (0, 99, 0)], [(9, 9, 9), (200, 0, 0)]),
+    (None, [(1, 0, 0), (0, 99, 0)], [(1, 0, 0), (0, 99, 0)]),
+    ([(0, 0, 0), (1, 1, 1)], None, [(0, 0, 0), (230, 159, 0)]),  # too much alike
+    (None, None, [(0, 0, 0), (230, 159, 0)])], ids=["label map", "masks", "greys", "none"])
+def test_where_the_palette_comes_from(tmp_path, colours, own, expected):
+    root = custom(tmp_path)
+    labels = Image.fromarray(np.arange(12 * 16, dtype=np.uint8).reshape(12, 16) % 2)
+    if colours:
+        labels = Image.fromarray(np.array(colours, np.uint8)[np.asarray(labels)])
+        (root / "labelmap.txt").write_text("".join(
+            f"{name}:{r},{g},{b}::\n" for name, (r, g, b) in zip(("sky", "road"), colours)))
+    elif own:
+        labels.putpalette(np.array(own, np.uint8).tobytes())
+    for path in (root / "SegmentationClass").iterdir():
+        labels.save(path)
+    assert open_data("custom", root).palette == expected
+
+
+def test_the_fallback_palette_has_no_two_colours_alike():
+    assert len({*data.distinct_palette(23)}) == 23 and len(data.distinct_palette(40)) == 40
+    assert data.distinct_palette(8)[:3] == [(0, 0, 0), (230, 159, 0), (86, 180, 233)]
+
+
 def test_custom_labels_every_image_with_a_mask(tmp_path):
     found = open_data("custom", custom(tmp_path))
     labelled, unlabelled = split_ids(found, "custom", None)
