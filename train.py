@@ -79,6 +79,7 @@ def train_step(student, teacher, optimizer, batch, iteration, args):
         weak, valid = normalize(batch["weak"]), batch["valid"]
         gamma, pseudo_labels = assess(bare, teacher, weak, valid, args)
         views, fired = strong_views(batch, weak, pseudo_labels, gamma, iteration, args)
+        del weak  # else it would take memory until the step ends
         for view, supervising, weight in views:
             images.append(view)
             labels.append(supervising)

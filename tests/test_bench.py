@@ -31,8 +31,8 @@ def test_the_command_prints_every_section_and_ends_with_the_ratio():
     assert float(re.fullmatch(r"step/network (\d+\.\d{3})", last)[1]) > 0
     names = [re.split(r"\s{2,}", line.strip())[0] for line in lines]
     for name in ("load wait", "copy to device", "the rest", *bench.PARTS.values(), "first step", "step",
-                 "network", "images", "peak memory of a step", "network, counted", "loader, one worker",
-                 "workers that a step needs", "max(1) / top_class", "one / many", "evaluation",
+                 "network", "images", "peak memory of a step", "network, counted", "loader, 1 workers",
+                 "workers a step needs", "max(1) / top_class", "one / many", "evaluation",
                  "around the network"):
         assert name in names
     assert max(map(len, lines)) <= 110

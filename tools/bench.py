@@ -107,8 +107,8 @@ def build(settings):
     torch.backends.cudnn.benchmark = True
     student, _, teacher, optimizer = train.build_networks(settings, settings.classes, settings.device)
     if settings.compile:
-        student.compile(dynamic=False)
-        teacher.compile(dynamic=False)
+        student.compile(dynamic=False, backend=settings.compile)
+        teacher.compile(dynamic=False, backend=settings.compile)
     return student, teacher, optimizer
 
 
@@ -201,15 +201,18 @@ def bench_flops(settings, draws):
 
 
 def bench_loader(settings, draws):
-    """Pairs of a labelled and an unlabelled image that one loader process makes a second, and how many
-    such processes a step keeps busy."""
-    loader = batches.training_batches(draws, range(draws.batch_size), 0, settings.repeats + 3, workers=1)
-    times = [time.perf_counter() for _ in loader]
-    pairs = draws.batch_size / np.diff(times)[2:]  # not those that were made while it started
-    row("loader, one worker", pairs, "pairs/s", f"crop {draws.crop_size}, JPEGs of 500 x 375 by default")
-    if hasattr(settings, "step_seconds"):
-        needed = settings.batch_size / settings.step_seconds / np.median(pairs)
-        row("  workers that a step needs", needed, "")
+    """Pairs of a labelled and an unlabelled image that loader threads make a second, one and as many as a
+    run here has, and how many times one thread's pairs a step eats."""
+    for workers in sorted({1, settings.workers or 1}):
+        loader = batches.training_batches(draws, range(draws.batch_size), 0,
+                                          settings.repeats + 2 * workers + 2, workers)
+        times = [time.perf_counter() for _ in loader]
+        # Not what was made ahead while it started, nor what is left at the end.
+        pairs = draws.batch_size / np.diff(times)[1:len(times) - 2 * workers]
+        row(f"loader, {workers} workers", pairs, "pairs/s", f"crop {draws.crop_size}")
+        if workers == 1 and hasattr(settings, "step_seconds"):
+            needed = settings.batch_size / settings.step_seconds / np.median(pairs)
+            row("  workers a step needs", needed, "threads", "if each made as many as one alone")
 
 
 def bench_kernels(settings, draws):
@@ -242,7 +245,7 @@ def bench_evaluation(settings, draws):
     row("  around the network", 100 * around / (network + around), "%", "of the time")
 
 
-def make_up_photographs(folder, count=36):
+def make_up_photographs(folder, count=18):
     """A folder for --dataset custom, of 500 x 375: noise of every scale, as photographs have, and
     masks for two thirds of it."""
     draw = torch.Generator().manual_seed(0)
@@ -276,7 +279,8 @@ def read_flags(argv, folder):
         help=f"of {', '.join(SECTIONS)} (default: all)")
     add("--repeats", type=int, default=30 if gpu else 10,
         help="measurements behind each median (default: 10, or 30 on a GPU)")
-    add("--compile", action="store_true", help="torch.compile the networks, in the step and in its passes")
+    add("--compile", nargs="?", const="inductor", metavar="BACKEND",
+        help="torch.compile the networks, in the step and in its passes")
     args, others = parser.parse_known_args(argv)
     if args.repeats < 1:
         parser.error(f"--repeats {args.repeats}: at least 1")
