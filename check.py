@@ -254,7 +254,8 @@ def misused(data, pixels, owner, beginning):
         f"one hold one class alone, beside {IGNORE}, which is ignored; if {IGNORE} is a class in them, "
         f"export them again, with its id")
     say(of_photographs, [data.masks[name] for name in one_class if not pixels[name][IGNORE]], "masks like "
-        "this one hold one class alone; if nobody annotated these, move them elsewhere, and they are unlabelled")
+        "this one hold one class alone; if nobody annotated these, move them elsewhere: their images are "
+        "unlabelled then")
     say(of_photographs, [data.images[name] for name in data.bare], "photographs in val/ have no mask, and "
         "are not used; add their masks, or move them to the training images")
     unlisted = data.images.keys() - {*data.train, *data.val, *data.test, *data.bare}

@@ -222,7 +222,7 @@ def read_colours(path):
             pixels = pixels * np.uint8(255) if pixels.dtype == bool else pixels
             if pixels.max() > IGNORE:
                 pixels = whole_numbers(np.where(pixels > IGNORE, pixels / 257, pixels))  # 65535 is white
-            colours = np.arange(max(256, pixels.max() + 1)) * 0x010101
+            colours = np.arange(max(256, 1 + int(pixels.max()))) * 0x010101
     return pixels, colours
 
 
@@ -271,22 +271,20 @@ def unreadable(path, error):
     reason, remedy = (str(error) or type(error).__name__).splitlines()[0], "replace or remove it"
     if isinstance(error, FileNotFoundError):
         return f"{path}: " + ("broken symbolic link; remove it" if path.is_symlink() else "no such file")
-    if isinstance(error, PermissionError):
-        reason, remedy = error.strerror, f"allow it: {shlex.join(['chmod', '-R', 'u+rwX', str(path)])}"
     if isinstance(error, UnicodeError):
         return f"{path}: not UTF-8; save it as UTF-8"
-    if isinstance(error, Image.DecompressionBombError):
+    if isinstance(error, PermissionError):
+        reason, remedy = error.strerror, f"allow it: {shlex.join(['chmod', '-R', 'u+rwX', str(path)])}"
+    elif isinstance(error, Image.DecompressionBombError):
         reason, remedy = f"more than {2 * Image.MAX_IMAGE_PIXELS // 10 ** 6} megapixels", "tile or shrink it"
-    if isinstance(error, UnidentifiedImageError):
+    elif isinstance(error, UnidentifiedImageError):
         with open(path, "rb") as file:
-            start = file.read(12)
-        if start[4:8] == b"ftyp":
+            start, reason = file.read(8), "not an image"
+        if start[4:] == b"ftyp":
             reason, remedy = "HEIC or AVIF", "convert it to JPEG"
-        elif start[:2] in (b"II", b"MM") and {42, 43} & {*start[2:4]}:
+        elif start[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
             reason = "a kind of TIFF that Pillow does not know, such as of 64-bit integers or three floats"
             remedy = "save it again as uint8"
-        else:
-            reason = "not an image"
     return f"{path}: cannot be read ({reason}); {remedy}"
 
 
@@ -305,24 +303,17 @@ def walk(top, links_below=None):
     folders, links, seen = [str(top)], [], {*map(identity, Path(top).resolve().parents)}
     while folders or links:
         folder = (folders or links).pop(0)  # links last: a folder is known by its own name
-        if identity(folder) in seen:
+        if identity(folder) in seen or links_below and not os.access(folder, os.R_OK | os.X_OK):
             continue
         seen.add(identity(folder))
-        try:
-            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-        except PermissionError:
-            if links_below is None:
-                raise
-            entries = []
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if not entry.is_dir():
-                yield Path(entry.path)
-            elif not entry.is_symlink():
-                folders.append(entry.path)
-            elif links_below is None or f"{entry.path}/".startswith(links_below):
-                links.append(entry.path)
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+            if not entry.name.startswith("."):
+                if not entry.is_dir():
+                    yield Path(entry.path)
+                elif not entry.is_symlink():
+                    folders.append(entry.path)
+                elif links_below is None or f"{entry.path}/".startswith(links_below):
+                    links.append(entry.path)
 
 
 def files_in(folder, suffixes):
@@ -351,10 +342,10 @@ def in_folder(name, *folders):
 def with_ids(folder, files, images=None):
     """id -> file. The id of a photograph is its stem, or where several have it, as in train/ and val/, its
     path in the folder without suffix; but a test set, in test/, changes no other id. The id of a mask is its
-    photograph's in `images`, else its stem."""
+    photograph's in `images`, else its own."""
     names, found = [name_in(folder, path) for path in files], {}
-    count = Counter(tails(name)[-1] for name in {*names})
-    tests = Counter(tails(name)[-1] for name in {*names} if in_folder(name, "test"))
+    count, tests = (Counter(tails(name)[-1] for name in {*names} if in_folder(name, "test") or not alone)
+                    for alone in (False, True))
     for path, name in zip(files, names):
         *_, stem = ways = tails(name)
         own = stem if count[stem] - (0 if in_folder(name, "test") else tests[stem]) == 1 else name
@@ -362,16 +353,16 @@ def with_ids(folder, files, images=None):
         if re.search("[\n\r\ud800-\udfff]", name):  # the latter: bytes that are no UTF-8
             raise InputError(f"{folder}: a file has the strange name {ascii(path.name)}; rename it")
         other = found.setdefault(name, path)
-        if images is not None and other.parent != path.parent:
-            raise InputError(f"{other.parent} and {path.parent}: each has a mask of {name}, as if each held "
-                             f"the masks of one class; an image has one mask: merge them into "
-                             f"{folder / name}.png, and so on, where each pixel is the id of its class")
         if images is None and other != path:
             masks, remedy = [*filter(looks_like_mask, (other, path))], "two files of one name; rename one"
             if masks:
                 remedy = (f"a photograph and a mask; move the masks, such as {masks[0].name}, into a folder "
                           f"masks/ beside {folder.name}/")
             raise InputError(f"{other} and {path}: {remedy}")
+        if other.parent != path.parent:
+            raise InputError(f"{other.parent} and {path.parent}: each has a mask of {name}, as if each held "
+                             f"the masks of one class; an image has one mask: merge them into "
+                             f"{folder / name}.png, and so on, where each pixel is the id of its class")
     return found
 
 
@@ -558,24 +549,24 @@ def read_class_names(path):
     names = [line.strip() for line in read_lines(path)] if path.exists() else []
     while names and not names[-1]:
         names.pop()
-    count, other = [*range(len(names))], [name for name in ("classes.txt", "labels.txt", "codes.txt")
-                                          if path.with_name(name).exists()]
+    other = [name for name in ("classes.txt", "labels.txt", "codes.txt") if path.with_name(name).exists()]
     comments = [name for name in names if re.match(r"#(\s|$)", name)]
-    twice = [name for name in names if names.count(name) > 1]
+    twice = [name for name, count in Counter(names).items() if count > 1]
     numbered = [match.groups() for match in (re.match(r"(\d+)\b\W*(.*)", name) for name in names) if match]
     numbers, rests = [int(number) for number, _ in numbered], {rest for _, rest in numbered}
-    numbering = sorted(numbers) in (count, [i + 1 for i in count]) and (  # and not 1 inch, 2 inch
+    first = 0 if 0 in numbers else 1
+    numbering = sorted(numbers) == [*range(first, first + len(names))] and (  # and not 1 inch, 2 inch
         len(rests) == len(names) or rests == {""})
     for wrong, text in (
             (not names, "missing or empty; write one class name a line, in the order of the ids"
                         + (f"; or rename {other[0]}, if it is that" if other else "")),
             ("__ignore__" in names, "__ignore__ is 255 in the masks, and no class; remove its line"),
-            (comments, f"{comments[:1]} would be the name of a class; remove this line"),
+            (comments, f"'{short_list(comments, 1)}' would be the name of a class; remove this line"),
             (not all(names) or not 2 <= len(names) <= IGNORE,
              f"{len(names)} lines; from 2 to {IGNORE} are needed, one class name a line, none of them empty: "
              f"a line's number, from 0, is its class id"),
-            (twice, f"{twice[:1]} is listed twice; give each class a name of its own"),
-            (numbering and numbers != count,
+            (twice, f"{short_list(twice)} is listed twice; give each class a name of its own"),
+            (numbering and numbers != [*range(len(names))],
              f"numbered {short_list(numbers)}, but a line's number, from 0, is its class id; write a line "
              f"for each id in the masks, from 0, without numbers")):
         if wrong:
