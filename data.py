@@ -362,7 +362,7 @@ def with_ids(folder, files, images=None):
         if other.parent != path.parent:
             raise InputError(f"{other.parent} and {path.parent}: each has a mask of {name}, as if each held "
                              f"the masks of one class; an image has one mask: merge them into "
-                             f"{folder / name}.png, and so on, where each pixel is the id of its class")
+                             f"{folder / name}.png, and so on, as docs/own-photographs.md has it")
     return found
 
 

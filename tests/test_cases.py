@@ -22,6 +22,7 @@ import predict
 import prepare
 import train
 from data import open_data, open_photograph
+from settings import parse_arguments
 from test_run_folder import Small
 
 TINY = ("--backbone resnet18 --channels 16 --crop-size 32 --batch-size 2 --iters 2 --weights none "
@@ -646,6 +647,10 @@ def test_what_is_said(tmp_path, name):
         assert open_photograph(image).convert("RGB").size in ((48, 32), (32, 48))
     if pattern is None:
         assert not re.search("not read|like this one|holds? ", said), said
+    if code == 0:
+        command = shlex.split(said.splitlines()[-1].removeprefix("nothing wrong; next: "))
+        settings = parse_arguments(command[2:])
+        assert command[:2] == ["python", "train.py"] and settings.data_root == str(root) and settings.small
     assert contents(root) == before
 
 

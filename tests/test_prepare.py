@@ -556,6 +556,16 @@ def test_a_data_root_that_cannot_be_written(tmp_path, monkeypatch):
     assert np.array_equal(labels(here / "my data-links", "p04"), test_cases.scene(4)[1])
 
 
+def test_masks_in_test_are_read_by_their_colours_too(tmp_path):
+    for part, name in (("train", "p{:02d}"), ("test", "t{:02d}")):
+        test_cases.folder(coloured((0, 0, 0), (200, 0, 0)), images=f"images/{part}", masks=f"masks/{part}",
+                          image=f"{name}.jpg", name=f"{name}.png")(tmp_path)
+    (tmp_path / "labelmap.txt").write_text("thing:200,0,0\nbackground:0,0,0\n")
+    assert np.array_equal(labels(tmp_path, "t01"), test_cases.scene(1)[1])
+    said = report("--dataset", "custom", "--data-root", tmp_path)[1]
+    assert "12 photographs in test/ are not trained on" in said
+
+
 def test_masks_that_an_earlier_version_made(tmp_path):
     root = cvat_export(tmp_path)
     for name in "abc":
