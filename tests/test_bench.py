@@ -61,3 +61,21 @@ def test_input_that_cannot_be_used_is_one_line(tmp_path, capsys, monkeypatch, fl
     said = capsys.readouterr().err.splitlines()
     assert ended.value.code == 2 and message.format(tmp_path) in said[-1]
     assert len(said) == 1 or said[0].startswith("usage: ")
+
+
+@pytest.mark.slow
+def test_gpu_sh_runs_end_to_end_and_prints_the_table_of_docs_speed(tmp_path):
+    environment = {**os.environ, **HIDDEN, "GPU_SH_TINY": "1", "OUT": str(tmp_path), "OMP_NUM_THREADS": "1",
+                   "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "tools/gpu.sh"], cwd=HERE, env=environment, capture_output=True, text=True)
+    assert done.stdout == (tmp_path / "gpu.txt").read_text() and not done.stderr
+    table = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+    wanted = (HERE / "docs" / "speed.md").read_text().partition("## On a GPU")[2]
+    assert [what for what, _ in table] == [line.split(" | ")[0] for line in wanted.splitlines()
+                                           if line.startswith("| ")][:len(table)]
+    cells = {what.strip("| "): cell.removesuffix(" |") for what, cell in table}
+    assert cells.pop("what") == "CPU"
+    for what, cell in cells.items():
+        assert re.search(r"\d", cell) and not re.search("stopped|failed|left out", cell), (what, cell)
+    resumed = cells["the default data set, killed once and resumed: mIoU; seconds"]
+    assert re.fullmatch(r"[\d.]+; \d+ \+ \d+", resumed) and "resumes at iteration" in done.stdout
