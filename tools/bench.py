@@ -50,8 +50,8 @@ PARTS = {
 
 
 class Clock:
-    """Times named parts, the device's work included: `with clock("backward"): ...`. The time of a part
-    within another part is counted once, for the inner one."""
+    """Times named parts, the device's work included: `with clock("backward"): ...`. Time in a part within
+    another part counts for the inner one alone."""
 
     def __init__(self, device):
         self.synchronize = torch.get_device_module(device).synchronize
@@ -246,8 +246,8 @@ def bench_evaluation(settings, draws):
 
 
 def make_up_photographs(folder, count=18):
-    """A folder for --dataset custom, of 500 x 375: noise of every scale, as photographs have, and
-    masks for two thirds of it."""
+    """A folder for --dataset custom: noise of every scale, as photographs have, as JPEGs of 500 x 375,
+    and masks for two thirds of them."""
     draw = torch.Generator().manual_seed(0)
     for part in ("images", "masks"):
         (folder / part).mkdir()
@@ -271,53 +271,50 @@ def read_flags(argv, folder):
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], allow_abbrev=False,
-        epilog="Most other flags are train.py's, such as --backbone, --channels, --accumulate, --amp and "
-               "--workers, --crop-size (default here: 129, or 513 on a GPU), --batch-size (4, or 16), "
-               "--dataset and --data-root (default: made-up JPEGs of 500 x 375).")
-    add = parser.add_argument
-    add("--only", nargs="+", choices=SECTIONS, metavar="SECTION", default=[*SECTIONS],
-        help=f"of {', '.join(SECTIONS)} (default: all)")
-    add("--repeats", type=int, default=30 if gpu else 10,
-        help="measurements behind each median (default: 10, or 30 on a GPU)")
-    add("--compile", nargs="?", const="inductor", metavar="BACKEND",
-        help="torch.compile the networks, in the step and in its passes")
+        epilog="Other flags are train.py's, such as --backbone, --accumulate, --amp, --workers, --crop-size "
+               "(default here: 129, or 513 on a GPU) and --batch-size (4, or 16).")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, metavar="SECTION", default=[*SECTIONS],
+                        help=f"of {', '.join(SECTIONS)} (default: all)")
+    parser.add_argument("--repeats", type=int, default=30 if gpu else 10,
+                        help="measurements behind each median (default: 10, or 30 on a GPU)")
+    parser.add_argument("--compile", nargs="?", const="inductor", metavar="BACKEND",
+                        help="torch.compile the networks, in the step and in its passes")
     args, others = parser.parse_known_args(argv)
+    for flag in others:
+        if flag.partition("=")[0] in ("--dataset", "--data-root", "--supervised", "--aux", "--image-size"):
+            parser.error(f"{flag}: not measured; leave it out")
     if args.repeats < 1:
         parser.error(f"--repeats {args.repeats}: at least 1")
-    made_up = not any(flag.startswith("--dataset") for flag in others)
     sizes = "--crop-size=513 --batch-size=16" if gpu else "--crop-size=129 --batch-size=4"
     # Random weights are sure of nothing, so every pixel is let through (tau), and they hardly move (lr).
-    settings = parse_arguments([*["--dataset=custom", f"--data-root={folder}"] * made_up, *sizes.split(),
-                                "--weights=none", "--tau=0", "--lr=1e-5", "--iters=1000000", *others])
-    if settings.dataset == "shapes" or settings.supervised or settings.aux or settings.image_size:
-        parser.error("--dataset shapes, --supervised, --aux, --image-size: not measured; leave them out")
+    settings = parse_arguments([*sizes.split(), "--weights=none", "--tau=0", "--lr=1e-5", "--iters=1000000",
+                                "--dataset=custom", f"--data-root={folder}", *others])
     vars(settings).update(vars(args), device=torch.device("cuda" if gpu else "cpu"))
     return settings
 
 
 def main(argv=None):
-    ratio = None
     with tempfile.TemporaryDirectory() as folder:
         try:
-            make_up_photographs(Path(folder))
             s = read_flags(argv, folder)
-            photographs = data.open_data(s.dataset, s.data_root)
-            labelled, unlabelled = data.split_ids(photographs, s.dataset, s.split)
-            draws = batches.TrainingDraws(photographs, labelled, unlabelled or labelled, s.batch_size,
-                                          s.crop_size, s.seed, s.scale)
-            s.classes = len(photographs.classes)
-            device = torch.cuda.get_device_name() if s.cuda else f"CPU, {torch.get_num_threads()} threads"
-            print(f"{device}; torch {torch.__version__}, torchvision {torchvision.__version__}\n"
-                  f"{s.backbone}, stride {s.output_stride}, {s.channels} channels, crop {s.crop_size}, "
-                  f"{s.batch_size} + {s.batch_size} in {s.accumulate}, {'bf16' if s.amp else 'fp32'}"
-                  f"{', compiled' if s.compile else ''}; medians of {s.repeats}\n\n"
-                  f"{'':26}{'median':>10} {'':8} quartiles", flush=True)
-            for section, bench in SECTIONS.items():
-                if section in s.only:
-                    ratio = bench(s, draws) or ratio
-        except (data.InputError, FileNotFoundError) as error:
+        except data.InputError as error:
             print(f"bench.py: {error}", file=sys.stderr)
             sys.exit(2)
+        make_up_photographs(Path(folder))
+        photographs = data.open_data(s.dataset, s.data_root)
+        draws = batches.TrainingDraws(photographs, *data.split_ids(photographs, s.dataset, s.split),
+                                      s.batch_size, s.crop_size, s.seed, s.scale)
+        s.classes = len(photographs.classes)
+        device = torch.cuda.get_device_name() if s.cuda else f"CPU, {torch.get_num_threads()} threads"
+        print(f"{device}; torch {torch.__version__}, torchvision {torchvision.__version__}\n"
+              f"{s.backbone}, stride {s.output_stride}, {s.channels} channels, crop {s.crop_size}, "
+              f"{s.batch_size} + {s.batch_size} in {s.accumulate}, {'bf16' if s.amp else 'fp32'}"
+              f"{', compiled' if s.compile else ''}; medians of {s.repeats}\n\n"
+              f"{'':26}{'median':>10} {'':8} quartiles", flush=True)
+        ratio = None
+        for section, bench in SECTIONS.items():
+            if section in s.only:
+                ratio = bench(s, draws) or ratio
     if ratio:
         print(f"step/network {ratio:.3f}")
 
