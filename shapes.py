@@ -1,8 +1,8 @@
 """The embedded data set: four kinds of object on a background, 32 x 32 pixels, drawn from their ids.
 
-Works alone, on numpy and pillow. From plainly easy to plainly hard: contrast falls, and noise, clutter
-and overlap grow with one number an image. A class is told by its pattern, which Table 5's operations
-keep; its colour and outline say nothing.
+Works alone, on numpy and pillow. One number per image makes it easy or hard: contrast falls with it,
+and noise, clutter and overlap grow. Classes differ by their pattern, which Table 5's operations keep;
+colour and outline are the same for all.
 """
 
 from functools import lru_cache
@@ -16,7 +16,7 @@ SHAPES_CLASSES = ("background", "rings", "rows", "columns", "checker")
 
 @lru_cache(maxsize=1024)
 def draw_shapes(name, size=SIZE):
-    """(image, mask), Pillow RGB and L, that the id train_NUMBER or val_NUMBER stands for."""
+    """The image and mask of an id, train_NUMBER or val_NUMBER: (Pillow RGB, Pillow L)."""
     part, number = name.split("_")
     rng = np.random.default_rng((part == "val", int(number), 12))  # in 12, few labels hold all classes
     hard = rng.random()
@@ -39,7 +39,7 @@ def draw_shapes(name, size=SIZE):
 
 
 def shape_masks(shape, size, rng):
-    """Two (size, size) bool maps: a disc or a square, and where its pattern is of the first colour."""
+    """Two (size, size) bool maps: a disc or a square, and where its pattern has the first colour."""
     radius, angle = size * rng.uniform(0.2, 0.36), rng.uniform(-0.3, 0.3)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     centre = rng.uniform(0.6 * radius, size - 0.6 * radius, 2)

@@ -210,6 +210,16 @@ def test_random_boxes_have_r12s_sides_and_lie_in_the_image():
     assert (top == 0).float().mean() > 0.1  # centres are uniform, and boxes clipped at the border
 
 
+def test_a_random_box_by_hand():
+    # Ratio 0.1 + 0.8 / 2 = 0.5: rows 1.75 to 5.25 of 7; columns -1.3, clipped to 0, to 3.7 of 10. Rounded.
+    class Draws:
+        def random(self, shape):
+            assert shape == (3, 1)
+            return np.array([[0.5], [0.5], [0.12]])
+    boxes = random_boxes(1, 7, 10, Draws())
+    assert boxes.tolist() == [[2, 0, 5, 4]] and boxes.dtype == torch.int64
+
+
 def test_eq_9_by_hand():
     # Two 1 x 3 images that are partners. The box of image 0 is its first pixel, of image 1 its last.
     images = torch.tensor([[1, 2, 3], [4, 5, 6]], dtype=torch.uint8).reshape(2, 1, 1, 3)

@@ -150,7 +150,7 @@ def test_what_autocast_computes_in_bf16_on_a_gpu_is_joined_in_bf16():
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning", "ignore:.torch.jit:DeprecationWarning")
-@pytest.mark.parametrize("aux", [False, True])
+@pytest.mark.parametrize("aux", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_torchscript_computes_the_same_bits(tmp_path, aux):
     network = small(aux=aux)
     torch.jit.script(network).save(tmp_path / "network.pt")
@@ -220,17 +220,25 @@ def test_weights_of_a_torchvision_resnet_wherever_a_file_holds_them(tmp_path, wr
     assert not bare.layer4[1].conv2.weight.equal(resnet.layer4[1].conv2.weight)
 
 
+def constants(network, first=0):
+    """A state dict for a network on "meta": each tensor of one value, its own, so that files are small."""
+    return {name: torch.full((), first + i, dtype=tensor.dtype).expand(tensor.shape)
+            for i, (name, tensor) in enumerate(network.state_dict().items())}
+
+
+def resnet_state(name):
+    with torch.device("meta"):
+        network = models.get_model(name)
+    return constants(network)
+
+
 def checkpoint(path, **options):
     """A checkpoint as train.py writes it, of networks in which nothing has its first value."""
-    networks = {}
-    for name, seed in (("student", 1), ("teacher", 2)):
-        torch.manual_seed(seed)
-        networks[name] = DeepLabV3Plus(3, **{"backbone": "resnet18", "channels": 16, **options})
-        for tensor in networks[name].state_dict().values():
-            tensor.copy_(torch.randint(1, 100, tensor.shape))
-    torch.save({"settings": options, "classes": ["a", "b", "c"], "iteration": 7,
-                **{name: network.state_dict() for name, network in networks.items()}}, path)
-    return networks["teacher"].state_dict()
+    with torch.device("meta"):
+        network = DeepLabV3Plus(3, **{"backbone": "resnet18", "channels": 16, **options})
+    networks = {"student": constants(network, 1000), "teacher": constants(network, 2000)}
+    torch.save({"settings": options, "classes": ["a", "b", "c"], "iteration": 7, **networks}, path)
+    return networks["teacher"]
 
 
 @pytest.mark.parametrize("aux", [False, True])
@@ -281,16 +289,16 @@ NO_RESNET = r"no ResNet by torchvision's names \(layer1.0.conv1.weight and so on
     (lambda path: checkpoint(path, channels=24), "resnet18 with 24 channels, where resnet18 with 16"),
     (lambda path: checkpoint(path, backbone="resnet34", channels=24),
      "resnet34 with 24 channels, where resnet18 with 16"),
-    (lambda path: torch.save(models.resnet34().state_dict(), path), "resnet34, where resnet18"),
-    (lambda path: torch.save({"model": under("module.", models.resnet50().state_dict())}, path),
+    (lambda path: torch.save(resnet_state("resnet34"), path), "resnet34, where resnet18"),
+    (lambda path: torch.save({"model": under("module.", resnet_state("resnet50"))}, path),
      "resnet50, where resnet18"),
-    pytest.param(lambda path: torch.save(models.resnext50_32x4d().state_dict(), path),
+    pytest.param(lambda path: torch.save(resnet_state("resnext50_32x4d"), path),
                  "resnext50_32x4d, where resnet18", marks=pytest.mark.slow),
-    (lambda path: torch.save(deep_stem(models.resnet18().state_dict()), path), r"a ResNet with a deep stem "
+    (lambda path: torch.save(deep_stem(resnet_state("resnet18")), path), r"a ResNet with a deep stem "
      r"\(several convolutions for conv1\), where resnet18"),
-    (lambda path: torch.save(four_channels(models.resnet18().state_dict()), path),
+    (lambda path: torch.save(four_channels(resnet_state("resnet18")), path),
      r"a network whose conv1.weight is \(64, 4, 7, 7\) rather than \(64, 3, 7, 7\), where resnet18"),
-    pytest.param(lambda path: torch.save(squeeze_and_excitation(models.resnet18().state_dict()), path),
+    pytest.param(lambda path: torch.save(squeeze_and_excitation(resnet_state("resnet18")), path),
                  r"a network whose layer4.1.se.weight is \(2,\) rather than missing, where resnet18",
                  marks=pytest.mark.slow),
     (lambda path: torch.save({"conv1.weight": torch.zeros(1)}, path), NO_RESNET),
@@ -310,16 +318,16 @@ def test_weights_that_do_not_fit_say_what_they_are_and_what_would_do(tmp_path, m
         assert small(weights=path, **options).note.startswith(f"weights {path}: the ")
     else:
         assert remedy == "torchvision's state dict of resnet18, --weights imagenet or --weights none"
-        cache_imagenet(monkeypatch, tmp_path, models.resnet18().state_dict())
-        torch.save(models.resnet18().state_dict(), path)
+        cache_imagenet(monkeypatch, tmp_path, resnet_state("resnet18"))
+        torch.save(resnet_state("resnet18"), path)
         for weights in (path, "imagenet", "none"):
             small(weights=weights)
 
 
 def test_a_deeper_resnets_file_is_not_taken_for_a_shallower_one(tmp_path):
-    torch.save(models.resnet101().state_dict(), tmp_path / "101.pth")  # it has all layers of a ResNet-50
-    with pytest.raises(ValueError, match="hold resnet101, where resnet50 is .* give --backbone resnet101"):
-        small(backbone="resnet50", weights=tmp_path / "101.pth")
+    torch.save(resnet_state("resnet34"), tmp_path / "34.pth")  # it has all layers of a ResNet-18
+    with pytest.raises(ValueError, match="hold resnet34, where resnet18 is .* give --backbone resnet34"):
+        small(weights=tmp_path / "34.pth")
 
 
 def test_weights_that_are_absent_or_hold_more_than_tensors(tmp_path):
