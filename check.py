@@ -242,7 +242,7 @@ def misused(data, pixels, owner, beginning):
     starts = Counter((path.parent, beginning(path.stem)) for path in strays)
     several = [path for path in strays if (start := beginning(path.stem)) and starts[path.parent, start] > 1]
     say(of_masks, several, "masks like this one are one of several of an image, which has one mask, of its "
-        "own stem; if each is of one class, merge them (docs/own-photographs.md shows how); else keep one and "
+        "own stem; if each is of one class, merge them (see docs/own-photographs.md); else keep one and "
         "rename it")
     strays = sorted({*strays} - {*several}, key=strays.index)
     meant = owner(strays[0].stem) or beginning(strays[0].stem) if strays else None

@@ -130,7 +130,7 @@ class SegmentationData:
         return labels, palette
 
     def mask(self, name):
-        """The label map as a Pillow "L" image of class ids and 255; raises InputError for other ids."""
+        """The mask as a Pillow "L" image of class ids and 255; raises InputError for other ids."""
         labels, _ = self.labels(name)
         strange = labels[(labels != IGNORE) & (labels >= len(self.classes))]
         if strange.size:
@@ -219,10 +219,12 @@ def read_colours(path):
     pixels, colours = read_mask(path)
     if colours is None:
         with reading(path):
+            colours = np.arange(256) * 0x010101
             pixels = pixels * np.uint8(255) if pixels.dtype == bool else pixels
             if pixels.max() > IGNORE:
                 pixels = whole_numbers(np.where(pixels > IGNORE, pixels / 257, pixels))  # 65535 is white
-            colours = np.arange(max(256, 1 + int(pixels.max()))) * 0x010101
+            if pixels.max() > IGNORE:
+                raise ValueError("numbers above 255")
     return pixels, colours
 
 

@@ -506,6 +506,18 @@ def test_what_is_not_known_of_a_colour_is_asked(tmp_path, mask, names, expected)
     assert ("still has ? for a name" in again) == ("?" in proposed.values()) == ("in place of each ?" in said)
 
 
+@pytest.mark.parametrize("last, said", [(65535, "ignore:255,255,255"), (300, "not whole numbers"),
+                                        (257 * 300, "numbers above 255")])
+def test_grey_values_of_more_than_8_bits(tmp_path, last, said):
+    test_cases.folder(masked=0)(tmp_path)
+    (tmp_path / "masks").mkdir()
+    for i in range(6):
+        np.save(tmp_path / f"masks/p0{i}.npy", np.where(np.arange(48) < 9, last, test_cases.scene(i)[1].astype(int)))
+    _, out, err = report("--dataset", "custom", "--data-root", tmp_path, "--colours")
+    map_file = tmp_path / "labelmap.txt"
+    assert said in out + err + (map_file.read_text() if map_file.exists() else "")
+
+
 def both_orders(root):
     for i in range(3):
         Image.fromarray(np.uint8(1 - test_cases.scene(i)[1])).convert("P").save(root / f"masks/p0{i}.png")
