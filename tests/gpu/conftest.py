@@ -1,5 +1,7 @@
 """What only a GPU shows. Where there is none, the tests run their logic on the CPU, and skip the rest."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -7,13 +9,11 @@ import torch
 @pytest.fixture
 def device():
     """The GPU, in full float32 precision (no TF32), or else the CPU."""
-    backends = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [backend.allow_tf32 for backend in backends]
-    for backend in backends:
-        backend.allow_tf32 = False
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
+    matmul.allow_tf32 = cudnn.allow_tf32 = cudnn.benchmark = False
     yield torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for backend, allowed in zip(backends, before):
-        backend.allow_tf32 = allowed
+    matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
 
 
 @pytest.fixture
@@ -24,6 +24,6 @@ def hide_gpu(monkeypatch):
 
 def pytest_collection_modifyitems(items):
     """What is slow on a CPU is quick on a GPU: there `pytest -m "not slow"` takes all of them."""
-    if torch.cuda.is_available():
-        for item in items:
+    for item in items:
+        if torch.cuda.is_available() and item.path.parent == Path(__file__).parent:
             item.own_markers = [mark for mark in item.own_markers if mark.name != "slow"]
