@@ -41,9 +41,8 @@ LOGS = ("metrics.jsonl", "hardness.csv", "tensorboard/events.out.tfevents.0")
 FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", None)}
 # The log on the screen: its columns, as wide as their headings, and what they mean.
 COLUMNS = ("   L_x", "   L_u", "    gamma", "confident", "CutMix fired", "    lr", "images/s", "time left")
-MEANING = ("L_x and L_u: losses on labelled and unlabelled images; gamma: mean hardness and its spread, 1 = "
-           "hardest;\nconfident: share of pixels with a pseudo-label; CutMix fired: share of iterations; lr: "
-           "of the decoder")
+MEANING = ("L_x and L_u: losses on labelled and unlabelled images; gamma: hardness and spread, 1 = hardest;\n"
+           "confident: share of pixels with a pseudo-label; CutMix fired: share of iterations; lr: decoder's")
 OF_UNLABELLED = slice(1, 5)  # the columns that --supervised lacks
 # What may differ on resuming: none of it changes what a result means. (--split is compared as lists.)
 FREE = {"accumulate", "checkpoint_every", "cuda", "data_root", "default_amp", "eval_every", "least_iters",
@@ -369,7 +368,7 @@ class Run:
                 f"{folder}/last.pth --beside {baseline}/last.pth --pictures {folder}/panels")
         confident = self.confident_at_last()
         if confident < 0.05:
-            say(f"The unlabelled images taught this run nothing: in its last third, {confident:.1%} of their "
+            say(f"The unlabelled images taught this run nothing: in its last third, {confident:.1%} of "
                 f"pixels were confident.\nLower --tau, now {self.args.tau}, and give another --out.")
 
     def confident_at_last(self):
