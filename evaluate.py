@@ -19,7 +19,17 @@ from batches import loaded, normalize, picture_to_tensor
 from check import check_classes, check_files
 from data import IGNORE, InputError, open_data, read_list, reading, short_list
 from model import DeepLabV3Plus
-from ranks import end, join, leave, progress, rank, say, sum_over_ranks, together, world_size
+from ranks import (
+    command_line,
+    demand_same_lists,
+    join,
+    progress,
+    rank,
+    say,
+    sum_over_ranks,
+    together,
+    world_size,
+)
 
 WHOLE_IMAGE_PIXELS = 2048 * 1024  # a larger image goes through windows, so that memory is bounded
 
@@ -395,6 +405,7 @@ def results_into(folder, flag):
             from None
 
 
+@command_line(InputError)
 def main(argv=None):
     """Exit code 2 for input that cannot be used."""
     parser = argparse.ArgumentParser(description="Evaluate a checkpoint of train.py.")
@@ -413,10 +424,7 @@ def main(argv=None):
     parser.add_argument("--workers", type=int, default=0,
         help="loader threads")
     args = parser.parse_args(argv)
-    try:
-        device = join()
-    except ValueError as error:
-        end("evaluate.py", error)
+    device = join()
 
     def write_panel(name, image, labels, maps):
         with results_into(args.pictures, "--pictures"):
@@ -426,20 +434,17 @@ def main(argv=None):
             path.parent.mkdir(parents=True, exist_ok=True)  # an id may hold a folder
             picture.save(path)
 
-    try:
-        networks, state = together(open_networks, args, device)
-        data = together(open_images, args, state)
-        headings = ["image", "ground truth", *(networks if args.beside else ["prediction"])]
-        settings = state["settings"]
-        local = evaluate(networks.values(), data, device, settings["window"], settings["image_size"],
-                         settings["amp"] and device.type == "cuda", args.workers,
-                         look=write_panel if args.pictures else None)
-    except InputError as error:
-        end("evaluate.py", error)
+    networks, state = together(open_networks, args, device)
+    data = together(open_images, args, state)
+    demand_same_lists({"images": data.val})
+    headings = ["image", "ground truth", *(networks if args.beside else ["prediction"])]
+    settings = state["settings"]
+    local = evaluate(networks.values(), data, device, settings["window"], settings["image_size"],
+                     settings["amp"] and device.type == "cuda", args.workers,
+                     look=write_panel if args.pictures else None)
     say(iou_table(data.classes, dict(zip(networks, sum_over_ranks(local)))))
     if args.pictures:
         say(f"{len(data.val)} panels: {args.pictures}/ID.png")
-    leave()
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from evaluate import (
     with_legend,
 )
 from hardness import ratio_of_maxima, weighted_iou
-from ranks import end, progress
+from ranks import command_line, progress
 
 # What is written into --out; STEM.jpg is a photograph.
 RESULTS = {
@@ -170,6 +170,7 @@ def print_hardest(ranked, lists):
         print(f" {gamma:.2f}  {name}".encode(errors="backslashreplace").decode())
 
 
+@command_line(InputError)
 def main(argv=None):
     """Exit code 2 for input that cannot be used, 1 if photographs were skipped."""
     parser = argparse.ArgumentParser(
@@ -190,16 +191,13 @@ def main(argv=None):
              "and teacher are far from a confident agreement")
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        model, state = load_model(args.checkpoint, args.student, device)
-        pair = None
-        if args.hardness:
-            other, _ = load_model(args.checkpoint, not args.student, device)
-            pair = (model, other) if args.student else (other, model)
-        with results_into(args.out, "--out"):
-            skipped = predict_files(model, state, args.paths, args.out, device, pair)
-    except InputError as error:
-        end("predict.py", error)
+    model, state = load_model(args.checkpoint, args.student, device)
+    pair = None
+    if args.hardness:
+        other, _ = load_model(args.checkpoint, not args.student, device)
+        pair = (model, other) if args.student else (other, model)
+    with results_into(args.out, "--out"):
+        skipped = predict_files(model, state, args.paths, args.out, device, pair)
     sys.exit(1 if skipped else 0)
 
 

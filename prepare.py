@@ -53,7 +53,7 @@ from data import (
     voc_palette,
     written,
 )
-from ranks import progress
+from ranks import command_line, progress
 from settings import PROTOCOLS, protocol
 
 TIMEOUT = 60  # seconds for which a server may say nothing
@@ -259,6 +259,7 @@ def proposed_labels(colours, names):
     return labels
 
 
+@command_line(InputError)
 def main(argv=None):
     """Report on a data set; exit code 2 if something is wrong with it."""
     parser = argparse.ArgumentParser(description="Check a data set, and say what is wrong with it.")
@@ -312,11 +313,9 @@ def main(argv=None):
                   f"see little of them: --image-size shrinks them")
             options += ["--image-size", str(2 * crop)]
         print(f"nothing wrong; next: {data.command('train.py', *options)}")
-    except (InputError, OSError) as error:
-        text = error if isinstance(error, InputError) else (
-            f"{error.filename or root}: {error.strerror}; make room, or allow it, and {AGAIN}")
-        print(f"prepare.py: {text}", file=sys.stderr)
-        sys.exit(2)
+    except OSError as error:
+        raise InputError(f"{error.filename or root}: {error.strerror}; make room, or allow it, and "
+                         f"{AGAIN}") from None
 
 
 if __name__ == "__main__":

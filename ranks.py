@@ -3,36 +3,108 @@
 Works alone: torch is all it needs. Shapes: a global batch of B images is b = B / world_size a rank.
 """
 
+import hashlib
 import os
+import shlex
+import signal
+import socket
 import sys
 import time
 from contextlib import suppress
 from datetime import timedelta
+from functools import wraps
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 
+class StartError(Exception):
+    """Processes that were started in a way that cannot work: one line that says how to start them."""
+
+
+def command_line(*errors):
+    """Decorates the main(argv) of a command. StartError or one of `errors`, raised on all ranks, ends it with
+    a line on stderr and the error's exit_code, or 2. Output that the terminal lacks is backslashed."""
+    def decorate(main):
+        script = Path(main.__code__.co_filename).name
+
+        @wraps(main)
+        def run(argv=None):
+            if hasattr(sys.stdout, "reconfigure"):  # not where a program has replaced it
+                sys.stdout.reconfigure(errors="backslashreplace")
+            try:
+                main(argv)
+            except (StartError, *errors) as error:
+                if rank() == 0:
+                    print(f"{script}: {error}", file=sys.stderr, flush=True)
+                together(tuple)  # wait for it: where one rank has ended, torchrun ends the others
+                leave()
+                sys.exit(getattr(error, "exit_code", 2))
+            leave()
+        return run
+    return decorate
+
+
 def join():
     """This process's device, after it joined the others of torchrun, if there are any.
 
-    Raises ValueError where torchrun was told to start more processes than there are GPUs, and where
-    it is only half said what the others are.
+    Raises StartError where there are more processes than GPUs, or processes that do not know of each other.
     """
-    cuda, world = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE") or 1)
+    cuda, world = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE") or 0)
+    if not world:
+        demand_one_process()
     if world > 1:
         needed = ["RANK", "MASTER_ADDR", "MASTER_PORT"] + ["LOCAL_RANK"] * cuda
         missing = [name for name in needed if not os.environ.get(name)]
         if missing:
-            raise ValueError(f"WORLD_SIZE is {world}, but {' and '.join(missing)} are not set: start with "
+            raise StartError(f"WORLD_SIZE is {world}, but {' and '.join(missing)} are not set: start with "
                              f"torchrun, or unset WORLD_SIZE")
         if cuda:
             local_rank, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
             if local_rank >= count:
-                raise ValueError(f"--nproc_per_node: there are {count} GPUs here; give at most {count}")
+                raise StartError(f"--nproc_per_node: there are {count} GPUs here; give at most {count}")
             torch.cuda.set_device(local_rank)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's waits until the other ranks have come
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     return torch.device("cuda" if cuda else "cpu")
+
+
+def demand_one_process():
+    """Raise StartError if srun or mpirun started several of this process, without telling them WORLD_SIZE."""
+    # A job's batch script has SLURM_NTASKS, too, but is no step of the job.
+    tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_JOB_ID" in os.environ else "SLURM_NTASKS"
+    for launcher, variable in (("srun", tasks), ("mpirun", "OMPI_COMM_WORLD_SIZE"), ("mpirun", "PMI_SIZE")):
+        count = int(os.environ.get(variable) or 1)
+        if count == 1:
+            continue
+        if launcher == "srun":
+            nodes = int(os.environ.get("SLURM_STEP_NUM_NODES") or 1)
+            torchrun = f"srun --ntasks={nodes} --ntasks-per-node=1 torchrun --nproc_per_node={count // nodes}"
+            if nodes > 1:
+                torchrun += (f" --nnodes={nodes} --rdzv_backend=c10d "
+                             f"--rdzv_endpoint=$(scontrol show hostnames | head -1):29500")
+        else:
+            torchrun = f"torchrun --nproc_per_node={count}"
+        raise StartError(f"{launcher} started {count} processes that do not know of each other; as one run: "
+                         f"{torchrun} {shlex.join(sys.argv)} (if each is a run of its own, set WORLD_SIZE=1)")
+
+
+def demand_same_lists(lists):
+    """Raise StartError, on all ranks, unless all have the same `lists`, {what: ids}: copies of the data may
+    differ."""
+    digest = hashlib.sha256(repr(lists).encode(errors="surrogateescape")).hexdigest()
+    if len(set(gather_objects(digest))) == 1:
+        return
+    (first, ours), *others = gather_objects((socket.gethostname(), lists))
+    for number, (host, theirs) in enumerate(others, 1):
+        for what, ids in ours.items():
+            missing = {number: set(ids) - set(theirs[what]), 0: set(theirs[what]) - set(ids)}
+            lacking = [f"; rank {n} lacks {', '.join(sorted(missing[n])[:5])}" for n in missing if missing[n]]
+            if ids != theirs[what]:
+                raise StartError(f"rank {number} ({host}) has {len(theirs[what])} {what}, rank 0 ({first}) "
+                                 f"{len(ids)}{''.join(lacking)}; make their copies of the data equal")
 
 
 def leave():
@@ -57,6 +129,14 @@ def gather(local):
     return whole
 
 
+def gather_objects(value):
+    """The values of all ranks: a list."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 def own(whole):
     """This rank's part (b, ...) of a global batch (B, ...)."""
     return whole.chunk(world_size())[rank()]
@@ -67,16 +147,6 @@ def say(text):
     if rank() == 0:
         with suppress(OSError):
             print(text, flush=True)
-
-
-def end(script, error, code=2):
-    """End a command on all ranks with one line on stderr. (Where a rank has ended, torchrun ends the others,
-    so they wait until it is said.)"""
-    if rank() == 0:
-        print(f"{script}: {error}", file=sys.stderr, flush=True)
-    together(tuple)
-    leave()
-    sys.exit(code)
 
 
 def progress(items, what, total=None, step=1):
@@ -109,9 +179,7 @@ def together(function, *arguments):
         failed = torch.tensor(error is not None, dtype=torch.uint8)
         dist.all_reduce(failed, dist.ReduceOp.MAX)
         if failed:  # objects are pickled, which is slow
-            errors = [None] * world_size()
-            dist.all_gather_object(errors, error)
-            error = next(filter(None, errors))
+            error = next(filter(None, gather_objects(error)))
     if error is not None:
         raise error
     return result

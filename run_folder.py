@@ -17,9 +17,11 @@ import math
 import os
 import shlex
 import signal
+import socket
+import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -51,6 +53,7 @@ FREE = {"accumulate", "checkpoint_every", "cuda", "data_root", "default_amp", "e
 
 class RunError(Exception):
     """What ends a run that had begun: one line that says why, and how to resume."""
+    exit_code = 1
 
 
 class Run:
@@ -68,7 +71,7 @@ class Run:
         self.validation_due = False  # a validation after iteration `start` was stopped
         self.pending, self.rows = [], torch.empty(0, len(METRICS))  # on the device; on the host
         self.resume()
-        self.stopping, self.parent = [], os.getppid()
+        self.watch = StopWatch()
         self.printed, self.clock = 0.0, (time.time(), self.start)
 
     def claim(self):
@@ -118,6 +121,10 @@ class Run:
                 use = "mIoU is that of" if name == "val" else "batches are drawn from"
                 notes.append(f"{len(gone)} {name} images are gone ({short_list(gone)}): from iteration "
                              f"{state['iteration']} on, {use} the {len(ids)} that are left")
+        finished = state["iteration"] == state["settings"]["iters"]
+        if finished and all(change.startswith(("epochs ", "iters ")) for change in changed):
+            remedy = (f"it is finished; to train on from its weights, add --weights {self.folder}/last.pth "
+                      f"--out {self.folder}-2")
         if changed:
             raise InputError(f"--out {self.folder}: holds a run with other settings "
                              f"({short_list(changed, 5)}); {remedy}")
@@ -161,17 +168,15 @@ class Run:
         Stopped by a signal, or by a file that cannot be read, the run is saved; then RunError says
         so, on all ranks.
         """
-        for signum in stop_signals():
-            signal.signal(signum, lambda *_: self.stopping.append(True))
         slots = own(torch.arange(self.args.batch_size)).tolist()
         batches = training_batches(self.draws, slots, self.start, self.args.iters, self.args.workers,
-                                   self.args.cuda, self.check)
+                                   self.args.cuda, self.watch.check)
 
         def next_batch():
-            self.check()
+            self.watch.check()
             return next(batches)
 
-        try:
+        with self.watch, closing(batches):
             if self.validation_due:
                 self.validate(self.start)
                 self.save("last.pth", self.start)
@@ -181,15 +186,6 @@ class Run:
                 except (InputError, RunError) as error:
                     self.stop(error, iteration)
                 yield iteration, {name: t.to(self.device, non_blocking=True) for name, t in batch.items()}
-        finally:
-            batches.close()
-
-    def check(self):
-        """Raise RunError if the run has been asked to stop."""
-        if self.stopping:
-            raise RunError("stopped by a signal")
-        if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.parent:
-            raise RunError("stopped, as torchrun is gone")
 
     def stop(self, error, done, validation_due=False):
         """Save the run on all ranks, and end it."""
@@ -306,7 +302,7 @@ class Run:
         buffer = io.BytesIO()
         torch.save(state, buffer)
         with writing(self.folder / name):
-            write_whole(self.folder / name, buffer.getbuffer())
+            write_whole(self.folder / name, buffer.getbuffer(), self.watch.advance)
 
     def validate(self, done):
         """Mean IoU on val: of the teacher; after the last iteration of both, which is the result.
@@ -317,7 +313,7 @@ class Run:
         torch.backends.cudnn.benchmark = False  # images of many sizes: a search for each would cost
         try:
             local = evaluate(networks.values(), self.data, self.device, self.args.window,
-                             self.args.image_size, self.args.amp, self.args.workers, self.check)
+                             self.args.image_size, self.args.amp, self.args.workers, self.watch.check)
         except (InputError, RunError) as error:
             self.stop(error, done, validation_due=True)
         self.validation_due = False
@@ -358,7 +354,7 @@ class Run:
         if rank() != 0:
             return
         result, folder = self.folder / "result.txt", self.folder
-        say(result.read_text().rstrip() if result.exists() else f"finished; {result} has been removed")
+        say(result.read_text("utf-8").rstrip() if result.exists() else f"finished; {result} has been removed")
         say(f"The first images of val: {folder / 'predictions.png'}")
         if self.args.dataset != "shapes":
             say(f"Masks of photographs: {shlex.join(['python', 'predict.py', f'{folder}/last.pth'])} PATH...")
@@ -388,15 +384,68 @@ def stop_signals():
     return [s for s in known if s and signal.getsignal(s) not in (signal.SIG_IGN, None)]
 
 
-@contextmanager
-def handlers_kept():
-    """Behind it, the stop signals are handled as they were before."""
-    handlers = {signum: signal.getsignal(signum) for signum in stop_signals()}
-    try:
-        yield
-    finally:
-        for signum, handler in handlers.items():
+class StopWatch:
+    """Between its start and end (`with`), it hears what asks a run to stop: a signal, or the end of torchrun.
+
+    A thread listens, as the main thread hears nothing while it waits in C for a device or another rank. Once
+    it is asked to stop, the main thread saves the run and ends. If it waits for something instead, which may
+    never come, the process is ended: after PATIENCE seconds in which it computed and saved nothing.
+    """
+    PATIENCE = 7
+
+    def __init__(self):
+        self.reason, self.parent, self.handlers = None, os.getppid(), {}
+
+    def __enter__(self):
+        for signum in stop_signals():
+            self.handlers[signum] = signal.signal(signum, lambda *_: self.ask("stopped by a signal"))
+        self.advance()
+        self.ear, self.mouth = socket.socketpair()
+        self.ear.settimeout(1)
+        self.mouth.setblocking(False)
+        if self.handlers:
+            signal.set_wakeup_fd(self.mouth.fileno())  # where Python writes the number of each signal
+        threading.Thread(target=self.listen, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        if self.handlers:
+            signal.set_wakeup_fd(-1)
+        for signum, handler in self.handlers.items():
             signal.signal(signum, handler)
+        self.mouth.close()  # which ends the thread
+
+    def ask(self, reason):
+        self.reason = self.reason or reason
+
+    def check(self):
+        """Raise RunError if the run has been asked to stop."""
+        if self.reason:
+            raise RunError(self.reason)
+
+    def advance(self):
+        """The run gets on."""
+        self.advanced, self.computed = time.monotonic(), time.process_time()
+
+    def listen(self):
+        heard = None
+        while heard != b"":
+            with suppress(TimeoutError):
+                heard = self.ear.recv(64)
+                if self.handlers.keys() & set(heard):
+                    self.ask("stopped by a signal")
+            if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.parent:
+                self.ask("stopped, as torchrun is gone")
+            # On a GPU a wait is busy, too; but there, no step is so long.
+            busy = not torch.cuda.is_initialized() and time.process_time() - self.computed > 0.1
+            if not self.reason or busy:
+                self.advance()
+            elif time.monotonic() - self.advanced > self.PATIENCE:
+                threading.Timer(1, os._exit, [1]).start()  # should stderr wait, too
+                print(f"train.py: {self.reason} while it waited for a disk, a device or another rank; the "
+                      f"same command resumes from the last checkpoint", file=sys.stderr, flush=True)
+                os._exit(1)
+        self.ear.close()
 
 
 def lock(folder):
@@ -425,14 +474,17 @@ def writing(path):
                        f"resumes from the last checkpoint") from None
 
 
-def write_whole(path, content):
-    """Write bytes to a temporary file and move it, so that `path` is always whole."""
+def write_whole(path, content, advance=lambda: None):
+    """Write bytes to a temporary file and move it, so that `path` is always whole. advance() is called for
+    every 16 MiB on the disk."""
     temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            for start in range(0, len(content), 2 ** 24):
+                file.write(content[start:start + 2 ** 24])
+                file.flush()
+                os.fsync(file.fileno())
+                advance()
         os.replace(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)

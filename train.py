@@ -24,7 +24,6 @@ import copy
 import math
 import os
 import re
-import signal
 import sys
 import time
 import warnings
@@ -50,8 +49,19 @@ from hardness import (
     unsupervised_loss,
 )
 from model import DeepLabV3Plus, update_teacher
-from ranks import average_buffers, gather, join, leave, own, rank, say, together, world_size
-from run_folder import Run, RunError, handlers_kept
+from ranks import (
+    average_buffers,
+    command_line,
+    demand_same_lists,
+    gather,
+    join,
+    own,
+    rank,
+    say,
+    together,
+    world_size,
+)
+from run_folder import Run, RunError
 from settings import check_memory, parse_arguments
 
 # What else is said where memory, or the int that counts elements, runs out.
@@ -225,6 +235,8 @@ def train(args, device):
     # Data: what is labelled, and whether all of it is fit to train on.
     data = together(open_data, args.dataset, args.data_root)
     labelled, unlabelled = together(split_ids, data, args.dataset, args.split)
+    demand_same_lists({"labelled images": labelled, "unlabelled images": unlabelled,
+                       "validation images": data.val, "classes": data.classes})
     notes = together(demand_fit_data, args, data, labelled, unlabelled)
     draws = TrainingDraws(data, labelled, [] if args.supervised else unlabelled, args.batch_size,
                           args.crop_size, args.seed, args.scale, args.image_size,
@@ -310,40 +322,27 @@ def demand_fit_data(args, data, labelled, unlabelled):
     return found.notes
 
 
-@handlers_kept()
+@command_line(InputError, RunError)
 def main(argv=None):
     """Run under torchrun or alone. Exit code 2 for input that cannot be trained on, 1 for a run that
     ended early, each with one line on stderr."""
-    try:
-        device = join()
-    except ValueError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    device = join()
     torch.backends.cudnn.benchmark = device.type == "cuda"
     try:
         args = together(parse_arguments, argv)
         if note := together(check_memory, args, argv):
             say(note)
         train(args, device)
-    except (InputError, RunError) as error:  # on all ranks
-        if rank() == 0:
-            print(f"train.py: {error}", file=sys.stderr, flush=True)
-        together(tuple)  # wait for it: where one rank has ended, torchrun ends the others
-        leave()
-        sys.exit(1 if isinstance(error, RunError) else 2)
     except RuntimeError as error:  # on this rank, perhaps alone: torchrun ends the others
         alone = world_size() == 1
         if isinstance(error, torch.OutOfMemoryError) or re.search(TOO_LARGE, str(error)):
-            if not alone:
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
-                time.sleep(rank())  # where several ran out, the first alone says so
+            time.sleep(rank())  # where several ran out, the first alone says so
             print("train.py: out of memory; raise --accumulate, and the run resumes from its last "
                   "checkpoint; or lower --crop-size or --batch-size, with another --out", file=sys.stderr,
                   flush=True)
         elif alone or "gloo" not in str(error):  # which complains where another rank has ended
             raise
         sys.exit(1) if alone else os._exit(1)
-    leave()
 
 
 if __name__ == "__main__":

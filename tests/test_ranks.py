@@ -1,6 +1,9 @@
 """What the ranks do together, on two processes of gloo; and alone."""
 
+import importlib
+import io
 import multiprocessing
+import re
 import sys
 import time
 
@@ -29,10 +32,10 @@ def test_several_processes_need_all_of_them(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(ValueError, match="WORLD_SIZE is 4, but MASTER_ADDR and MASTER_PORT are not set"):
+    with pytest.raises(ranks.StartError, match="4, but MASTER_ADDR and MASTER_PORT are not set"):
         ranks.join()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # each process needs a GPU of its own
-    with pytest.raises(ValueError, match="MASTER_ADDR and MASTER_PORT and LOCAL_RANK are not set"):
+    with pytest.raises(ranks.StartError, match="MASTER_ADDR and MASTER_PORT and LOCAL_RANK are not set"):
         ranks.join()
     monkeypatch.delenv("WORLD_SIZE")  # the remedy
     ranks.join()
@@ -69,12 +72,23 @@ def one_of_two(rank, results, meeting):
     norm.running_var += 2 * rank
     ranks.average_buffers(norm)
     found["means"] = norm.running_mean.tolist() + norm.running_var.tolist()
+    for there in (["a", "b"], ["a", "b", "c"][:2 + rank], ["a", "b"][::1 - 2 * rank]):
+        try:
+            ranks.demand_same_lists({"classes": ["sky"], "images": there})
+            found.setdefault("lists", []).append("equal")
+        except ranks.StartError as error:
+            found["lists"].append(re.sub(r"\(.*?\)", "(HOST)", str(error)))
     time.sleep(1 - rank)
     found["about to end"] = time.time()
     try:
-        ranks.end("command.py", "the reason")
+        failing_command()
     finally:
         results.put(found | {"ended": time.time()})
+
+
+@ranks.command_line(ZeroDivisionError)
+def failing_command(argv=None):
+    raise ZeroDivisionError("the reason")
 
 
 @pytest.mark.slow
@@ -93,15 +107,69 @@ def test_two_ranks_share_a_batch_and_their_exceptions_and_end_together(tmp_path,
         assert each["gather"] == [[0, 1], [0, 2], [1, 1], [1, 2]]
         assert each["own"] == [3 * rank, 3 * rank + 1, 3 * rank + 2]
         assert each["sum"] == 3 and each["means"] == [0.5, 0.5, 2, 2]
+        assert each["lists"] == [
+            "equal", "rank 1 (HOST) has 3 images, rank 0 (HOST) 2; rank 0 lacks c; make their copies of the "
+            "data equal", "rank 1 (HOST) has 2 images, rank 0 (HOST) 2; make their copies of the data equal"]
     assert [process.exitcode for process in processes] == [2, 2]
     assert found[1]["ended"] > found[0]["about to end"]  # the second waited for the first
-    assert capfd.readouterr().err.count("command.py: the reason\n") == 1
+    assert capfd.readouterr().err.count("test_ranks.py: the reason\n") == 1
 
 
-def test_a_command_ends_with_one_line(capsys):
+class Ended(Exception):
+    exit_code = 1
+
+
+@pytest.mark.parametrize("error, code", [(ZeroDivisionError, 2), (Ended, 1), (ranks.StartError, 2)])
+def test_a_command_ends_with_one_line_and_the_code_of_its_error(capsys, error, code):
+    @ranks.command_line(ZeroDivisionError, Ended)
+    def main(argv=None):
+        raise error("1/0: the reason")
+
     with pytest.raises(SystemExit) as end:
-        ranks.end("command.py", ValueError("--flag: the reason"))
-    assert end.value.code == 2 and capsys.readouterr().err == "command.py: --flag: the reason\n"
+        main()
+    assert end.value.code == code and capsys.readouterr().err == "test_ranks.py: 1/0: the reason\n"
+
+
+def test_a_terminal_that_is_not_utf_8_ends_no_command(monkeypatch):
+    @ranks.command_line()
+    def main(argv=None):
+        print(argv)
+
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    main("gamma 0.50\u00b10.10 \u80cc \udcff")
+    sys.stdout.flush()
+    assert sys.stdout.buffer.getvalue() == b"gamma 0.50\\xb10.10 \\u80cc \\udcff\n"
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "prepare", "bench"])
+def test_every_command_ends_that_way(command):
+    assert importlib.import_module(command).main.__wrapped__
+
+
+LAUNCHERS = [  # what tells a process that it has others beside it, and the way to start them as one run
+    ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, "srun started 2 .* srun --ntasks=1 --ntasks-per-node=1 "
+                                                 "torchrun --nproc_per_node=2 train.py --tau 0.5 "),
+    ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2"},
+     "srun started 8 .* --ntasks=2 --ntasks-per-node=1 torchrun --nproc_per_node=4 --nnodes=2 --rdzv"),
+    ({"OMPI_COMM_WORLD_SIZE": "3"}, "mpirun started 3 .*: torchrun --nproc_per_node=3 train.py --tau 0.5 "),
+    ({"PMI_SIZE": "3"}, "mpirun started 3"),
+    ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, None),  # a batch script
+    ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "1"}, None),  # srun --ntasks=1 in it
+    ({"SLURM_NTASKS": "2", "WORLD_SIZE": "1"}, None)]  # the remedy for runs of their own
+
+
+@pytest.mark.parametrize("environment, message", LAUNCHERS)
+def test_processes_that_srun_or_mpirun_started_learn_the_command(monkeypatch, environment, message):
+    for name in (*VARIABLES, "SLURM_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--tau", "0.5"])
+    if message:
+        with pytest.raises(ranks.StartError, match=message):
+            ranks.join()
+    else:
+        ranks.join()
 
 
 def test_that_nobody_listens_any_more_ends_no_run(monkeypatch):

@@ -23,7 +23,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
 from torch import nn
 
 import data
@@ -113,7 +112,7 @@ def shrink(patch):
 
 def rank_main(argv, moment):
     """train.main as one rank. At the moment (what, count, signal) it sends itself the signal: in a step
-    of that iteration, or while it predicts that many images for a validation."""
+    of that iteration, or while it predicts that many images for a validation; or it works in that folder."""
     torch.set_num_threads(1)
     os.setpgrp()
     shrink(pytest.MonkeyPatch())
@@ -121,6 +120,8 @@ def rank_main(argv, moment):
     seen = iter(range(1, 10 ** 6))
     if what == "ignored":
         signal.signal(signum, signal.SIG_IGN)
+    if what == "folder":
+        os.chdir(count)
     step, predict = train.train_step, evaluate.predict
 
     def watched_step(*args):
@@ -138,10 +139,11 @@ def rank_main(argv, moment):
     train.main(argv)
 
 
-def start(argv, ranks=1, moments=()):
-    """Ranks of train.main, forked from a process that has imported torch already. moments: rank -> moment."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train"])
+def start(argv, ranks=1, moments=(), log=None, method="forkserver"):
+    """Ranks of train.main, forked from a process that has imported torch already. moments: rank -> moment;
+    log: a file for what they write to stderr."""
+    context = multiprocessing.get_context(method)
+    multiprocessing.set_forkserver_preload(["train"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
@@ -149,13 +151,15 @@ def start(argv, ranks=1, moments=()):
     for rank in range(ranks):
         environment = address | {"RANK": str(rank), "WORLD_SIZE": str(ranks)}
         processes.append(context.Process(target=with_environment, args=(
-            environment, [str(a) for a in argv], dict(moments).get(rank))))
+            environment, [str(a) for a in argv], dict(moments).get(rank), log)))
         processes[-1].start()
     return processes
 
 
-def with_environment(environment, argv, moment):
+def with_environment(environment, argv, moment, log):
     os.environ |= environment
+    if log:
+        os.dup2(os.open(log, os.O_CREAT | os.O_APPEND | os.O_WRONLY), 2)
     rank_main(argv, moment)
 
 
@@ -231,7 +235,8 @@ def test_a_hangup_that_is_ignored_stays_ignored(tmp_path):  # as under nohup
 
 
 def kill_randomly(processes, rng):
-    """-9 for all ranks, or for one, or a signal to one. Returns whether the run had ended before."""
+    """-9 for all ranks, or for one, or a signal to one; the others must end. Returns False where the run had
+    ended before."""
     if all(process.exitcode == 0 for process in processes):
         return False
     chosen = rng.choice(processes)
@@ -239,15 +244,7 @@ def kill_randomly(processes, rng):
         process.join(0)
         if process.exitcode is None:
             os.kill(process.pid, rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1]))
-    # A rank that was killed cannot tell the others, so torchrun does; here it is done for it.
-    deadline = time.monotonic() + 20
-    while all(process.exitcode in (None, 1) for process in processes) and time.monotonic() < deadline:
-        time.sleep(0.05)
-        if all(process.exitcode == 1 for process in processes):
-            return True
-    for process in processes:
-        process.kill()
-        process.join()
+    assert None not in exit_codes(processes, 60)
     return True
 
 
@@ -301,23 +298,122 @@ def alive(out):
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks, group, signum", [
     (None, True, signal.SIGINT), (2, True, signal.SIGINT), (2, False, signal.SIGTERM),
-    (2, False, signal.SIGUSR1)])
-def test_a_signal_saves_says_how_to_resume_and_leaves_no_rank_alone(tmp_path, ranks, group, signum):
+    (2, False, signal.SIGKILL)])
+def test_a_signal_ends_all_processes_and_the_run_is_saved(tmp_path, ranks, group, signum):
     # Ctrl-C reaches the whole process group: torchrun and the ranks. A scheduler may signal torchrun alone,
-    # which passes SIGTERM on, and dies of SIGUSR1.
-    out = tmp_path / "out"
+    # which passes SIGTERM on.
+    out, began = tmp_path / "out", time.monotonic()
     process = started(out, *TINY, "--iters", 500, "--workers", 1, ranks=ranks)
+    began, limit = time.monotonic(), soon(began)
     (os.killpg if group else os.kill)(process.pid, signum)
     _, errors = process.communicate(timeout=100)
-    assert process.returncode != 0
-    said = [line for line in errors.splitlines() if line.startswith("train.py: ")]
-    assert len(said) == 1 and "the same command resumes it" in said[0] and "leaked" not in errors
-    iteration = torch.load(out / "last.pth", weights_only=True)["iteration"]
-    assert f"saved iteration {iteration}" in said[0]
-    deadline = time.monotonic() + 30
-    while alive(out) and time.monotonic() < deadline:
+    while alive(out):
         time.sleep(0.1)
-    assert not alive(out)
+    assert time.monotonic() - began < limit and process.returncode != 0
+    said = [line for line in errors.splitlines() if line.startswith("train.py: ")]
+    iteration = torch.load(out / "last.pth", weights_only=True)["iteration"]
+    assert len(said) == 1 and f"; saved iteration {iteration}: the same command resumes it" in said[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_process_that_is_killed_ends_all_others(tmp_path, ranks, workers):
+    out, log = tmp_path / "out", tmp_path / "log"
+    flags = [*TINY, "--iters", 500, "--workers", workers, "--checkpoint-every", 1, "--out", out]
+    for victim in ("rank", "torchrun"):
+        file = out / ("metrics.jsonl" if victim == "rank" else "last.pth")
+        before = file.stat().st_mtime_ns if file.exists() else 0
+        torchrun = multiprocessing.get_context("forkserver").Process(target=agent, args=(flags, ranks, log))
+        began = time.monotonic()
+        torchrun.start()
+        while not file.exists() or file.stat().st_mtime_ns == before:
+            time.sleep(0.05)
+        processes = children(torchrun.pid)
+        assert len(processes) == ranks
+        began, limit = time.monotonic(), soon(began)
+        os.kill(processes[-1] if victim == "rank" else torchrun.pid, signal.SIGKILL)
+        while any(living(pid) for pid in (torchrun.pid, *processes)):
+            assert time.monotonic() - began < limit
+            time.sleep(0.05)
+    iteration = torch.load(out / "last.pth", weights_only=True)["iteration"]
+    assert f"torchrun is gone; saved iteration {iteration}: the same command resumes it" in log.read_text()
+
+
+def agent(flags, ranks, log):
+    """Stands in for torchrun, which takes many seconds to start."""
+    os.environ["TORCHELASTIC_RUN_ID"] = "test"
+    start(flags, ranks, log=log, method="fork")
+
+
+def living(pid):
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes() != b""  # that of a process that is not waited for
+    except OSError:
+        return False
+
+
+def soon(began):
+    """Ten seconds; on a busy machine, what the start has taken since `began`."""
+    return max(10, time.monotonic() - began)
+
+
+def children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.slow
+def test_a_signal_ends_a_run_that_waits_for_another_rank(tmp_path):
+    out, log = tmp_path / "out", tmp_path / "log"
+    waiting, stopped = processes = start([*TINY, "--iters", 500, "--out", out], 2, log=log)
+    limit = wait_for(out / "metrics.jsonl", processes)
+    os.kill(stopped.pid, signal.SIGSTOP)
+    time.sleep(1)
+    os.kill(waiting.pid, signal.SIGTERM)
+    assert exit_codes([waiting], limit) == [1]
+    assert "stopped by a signal while it waited for a disk, a device or another rank" in log.read_text()
+    os.kill(stopped.pid, signal.SIGCONT)  # and that one learns of it
+    assert exit_codes([stopped], limit) == [1]
+
+
+def wait_for(file, processes):
+    began = time.monotonic()
+    while not file.exists():
+        time.sleep(0.1)
+        assert all(process.is_alive() for process in processes)
+    return soon(began)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_signal_ends_a_run_that_waits_for_a_disk(tmp_path, workers):
+    root, out, log = custom(tmp_path / "data"), tmp_path / "out", tmp_path / "log"
+    process, = start(["--dataset", "custom", "--data-root", root, *TINY, "--iters", 500, "--workers", workers,
+                      "--out", out], log=log)
+    limit = wait_for(out / "metrics.jsonl", [process])
+    for image in (root / "JPEGImages").iterdir():
+        image.unlink()
+        os.mkfifo(image)  # who reads it waits for ever
+    time.sleep(1)
+    os.kill(process.pid, signal.SIGTERM)
+    assert exit_codes([process], limit) == [1]
+    told = "saved iteration" if workers else "while it waited for a disk"
+    assert told in log.read_text() and (out / "last.pth").exists() == bool(workers)
+
+
+@pytest.mark.slow
+def test_ranks_whose_copies_of_the_data_differ_learn_it_at_the_start(tmp_path):
+    log = tmp_path / "log"
+    for copy in "AB":
+        custom(tmp_path / copy / "data")
+    (tmp_path / "B/data/JPEGImages/im9.jpg").unlink()
+    flags = ["--dataset", "custom", "--data-root", "data", *TINY, "--epochs", 2, "--out", tmp_path / "out"]
+    folders = {0: ("folder", tmp_path / "A", 0), 1: ("folder", tmp_path / "B", 0)}
+    assert exit_codes(start(flags, 2, folders, log), 60) == [2, 2]
+    assert re.fullmatch(r"train.py: rank 1 \(\S+\) has 3 unlabelled images, rank 0 \(\S+\) 4; rank 1 lacks "
+                        r"im9; make their copies of the data equal\n", log.read_text())
+    shutil.copytree(tmp_path / "A", tmp_path / "B", dirs_exist_ok=True)
+    assert exit_codes(start(flags, 2, folders), 60) == [0, 0]
 
 
 def stop_handlers():
@@ -451,8 +547,23 @@ def constant_step(student, teacher, optimizer, batch, iteration, args):
 def test_a_folder_of_other_settings_is_refused_and_they_are_named(whole, small, flags, change):
     before = {file: file.read_bytes() for file in whole.iterdir() if file.is_file()}
     code, _, err = run(*EIGHT, "--out", whole, *flags.split())
-    assert code == 2 and change in err and "give another --out" in err and len(err.splitlines()) == 1
+    assert code == 2 and change in err and len(err.splitlines()) == 1
     assert before == {file: file.read_bytes() for file in before}
+    assert ("give another --out" in err) == (flags != "--iters 9")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [("--iters", 9), ("--epochs", 3)])
+def test_more_epochs_than_a_finished_run_had_start_from_its_weights(tmp_path, monkeypatch, length):
+    monkeypatch.setattr(data.Shapes, "VAL", 5)
+    monkeypatch.setattr(data.Shapes, "TRAIN", 24)
+    out, fewer = tmp_path / "out", (length[0], 1)
+    assert run(*TINY, *fewer, "--out", out)[0] == 0
+    code, _, err = run(*TINY, *length, "--out", out)
+    remedy = re.search(r"it is finished; to train on from its weights, add (--weights \S+ --out \S+)$", err)
+    assert code == 2 and remedy, err
+    code, said, err = run(*TINY, *length, "--out", out, *remedy[1].split())
+    assert code == 0 and Path(f"{out}-2/result.txt").exists(), err
 
 
 def test_amps_default_may_differ_on_another_device(tmp_path, small, monkeypatch):
@@ -547,15 +658,6 @@ def test_another_data_root_is_said(tmp_path, small):
     moved = root.rename(tmp_path / "moved")
     assert f"--data-root was {root}, now {moved}; if it has other images, give another --out" in (
         run(*flags, moved)[1])
-
-
-def test_the_figures_of_a_run_are_drawn_from_its_own_data(tmp_path, small):
-    out = tmp_path / "out"
-    assert run("--dataset", "custom", "--data-root", custom(tmp_path / "data"), *TINY, "--iters", 2, "--out",
-               out)[0] == 0
-    subprocess.run([sys.executable, HERE / "tools" / "figures.py", out, "--out", tmp_path], check=True)
-    assert Image.open(tmp_path / "gamma.png").size == (640, 320)
-    assert Image.open(tmp_path / "extremes.png").width == 4 * 134
 
 
 def test_a_hardness_log_without_a_header_as_runs_had_it_is_resumed(whole, small, tmp_path):

@@ -598,7 +598,7 @@ CASES = {
     "epochs and iters": (None, "--epochs 2", "--epochs: not allowed with argument --iters"),
     "folder is a file": (lambda r: replace(r / "f", ""), "--out {root}/f", "--out .*/f: cannot be used"),
     "checkpoint is none": (lambda r: ((r / "o").mkdir(), replace(r / "o/last.pth", "x")), "--out {root}/o",
-                           "o/last.pth: no checkpoint that weights_only=True loads"),
+                           "o/last.pth: cannot be read as a checkpoint"),
 }
 
 

@@ -31,6 +31,7 @@ import train
 from evaluate import evaluate
 from hardness import count_pairs, top_class
 from model import DeepLabV3Plus
+from ranks import command_line
 from settings import parse_arguments, step_memory
 
 # The functions that make up a step, and what the table calls each. Time in a function that another one
@@ -293,13 +294,10 @@ def read_flags(argv, folder):
     return settings
 
 
+@command_line(data.InputError)
 def main(argv=None):
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            s = read_flags(argv, folder)
-        except data.InputError as error:
-            print(f"bench.py: {error}", file=sys.stderr)
-            sys.exit(2)
+        s = read_flags(argv, folder)
         make_up_photographs(Path(folder))
         photographs = data.open_data(s.dataset, s.data_root)
         draws = batches.TrainingDraws(photographs, *data.split_ids(photographs, s.dataset, s.split),
