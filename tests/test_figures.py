@@ -8,6 +8,7 @@ import torch
 
 import train
 from data import InputError
+from test_data import custom
 from test_train import TINY
 
 pytest.importorskip("matplotlib")
@@ -67,3 +68,9 @@ def test_a_run_without_hardness_is_refused(run, tmp_path):
 def test_the_pictures_are_written(run, tmp_path, capsys):
     figures.main([str(run), "--beside", str(run), "--out", str(tmp_path)])
     assert {path.name for path in tmp_path.iterdir()} == {"hardness.png", "gamma.png", "panels.png"}
+
+
+def test_a_runs_own_data_is_found(tmp_path):
+    root, out = custom(tmp_path / "data"), tmp_path / "run"
+    train.main(["--dataset", "custom", "--data-root", str(root), *TINY, "--iters", "2", "--out", str(out)])
+    assert len(figures.panels_figure(out, out).axes) == 4 * 8

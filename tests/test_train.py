@@ -693,14 +693,3 @@ def test_pieces_work_alone_in_an_empty_folder(tmp_path, piece, use):
     result = subprocess.run([sys.executable, "-c", f"import {piece}; {use}"], cwd=tmp_path,
                             capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""})
     assert result.returncode == 0, result.stderr
-
-
-def test_the_readmes_ten_lines_add_hardness_to_a_loop():
-    readme = (HERE / "README.md").read_text()
-    code = re.search(r"```python\n(from hardness import .*?)```", readme, re.DOTALL)[1]
-    student, teacher = TinyNetwork(), TinyNetwork().eval()
-    loop = {"torch": torch, "student": student, "teacher": teacher, "tau": 0.3,
-            "rng": np.random.default_rng(0), "u_w": torch.randn(4, 3, 8, 8), "u_s": torch.randn(4, 3, 8, 8)}
-    exec(code, loop)
-    loop["loss_u"].backward()
-    assert loop["loss_u"] > 0 and student.conv.weight.grad.abs().sum() > 0
