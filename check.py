@@ -4,7 +4,6 @@ import os
 import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -34,7 +33,7 @@ SIDE_FILES = re.compile(r"thumbs\.db|desktop\.ini|.*\.(?:[a-z]{1,2}[gf]wx?|wld|o
 MASK_FOLDER = re.compile(r"(?:.*[-_ ]|train|val|test)?(?:masks?|labels?|gts?|segm?\w*|annots?|annotations?|"
                          r"ground.?truths?)(?:[-_ ].*|tr|ts|ids|\d*)", re.I)
 MASK_ENDING = re.compile(r"(?:[-_. ]*(?:masks?|labels?\w*|gt\w*|seg\w*|annot\w*|ground.?truth|colou?red|png|"
-                         r"jpe?g)|[-_. ]p)+$", re.I)
+                         r"jpe?g)|[-_. ](?-i:P))+$", re.I)
 IMAGE_ENDING = re.compile(r"(?:[-_. ]*(?:img|images?|photo|rgb|sat|leftImg8bit)|_0000)+$", re.I)
 
 
@@ -272,15 +271,15 @@ def misused(data, pixels, owner, beginning):
 def twins_of(data):
     """File of a validation image -> that of a training image with the same bytes."""
     def middle(path):
-        with suppress(OSError), open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            file.seek(size // 2)
-            return size, hash(file.read(4096))
+        with open(path, "rb") as file:
+            file.seek(path.stat().st_size // 2)
+            return hash(file.read(4096))
 
-    val, train = ([data.images[name] for name in names if name in data.images]
+    val, train = ([data.images[name] for name in names if os.path.exists(data.images.get(name, ""))]
                   for names in (data.val, data.train))
-    known = {middle(path): path for path in train}
-    pairs = {path: known[some] for path in val if (some := middle(path)) and some in known}
+    sizes = {path.stat().st_size for path in val}
+    known = {middle(path): path for path in train if path.stat().st_size in sizes}
+    pairs = {path: known[middle(path)] for path in val if middle(path) in known}
     return {path: twin for path, twin in pairs.items() if path.read_bytes() == twin.read_bytes()}
 
 

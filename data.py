@@ -250,8 +250,10 @@ def written(colour):
 
 def looks_like_mask(path):
     """Whether a picture has few colours, as label images have and photographs have not."""
+    if path.suffix.lower() not in MASK_SUFFIXES:
+        return False
     with suppress(Exception), Image.open(path) as picture:
-        dense = {"PNG": 0.3, "JPEG": 0, "WEBP": 0}.get(picture.format, 1.1)  # most need not be decoded
+        dense = 0.3 if picture.format == "PNG" else 1.1  # bytes a pixel: photographs need not be decoded
         if path.stat().st_size < 1024 + dense * picture.width * picture.height:
             colours = np.unique(picture) if picture.mode[0] in "IF" else picture.getcolors(FEW_COLOURS) or ()
             return 2 <= len(colours) <= FEW_COLOURS

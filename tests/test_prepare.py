@@ -512,7 +512,8 @@ def test_grey_values_of_more_than_8_bits(tmp_path, last, said):
     test_cases.folder(masked=0)(tmp_path)
     (tmp_path / "masks").mkdir()
     for i in range(6):
-        np.save(tmp_path / f"masks/p0{i}.npy", np.where(np.arange(48) < 9, last, test_cases.scene(i)[1].astype(int)))
+        labels = np.where(np.arange(48) < 9, last, test_cases.scene(i)[1].astype(int))
+        np.save(tmp_path / f"masks/p0{i}.npy", labels)
     _, out, err = report("--dataset", "custom", "--data-root", tmp_path, "--colours")
     map_file = tmp_path / "labelmap.txt"
     assert said in out + err + (map_file.read_text() if map_file.exists() else "")
