@@ -73,7 +73,8 @@ def test_what_lies_behind_the_objects_has_no_tint(name, colour, tinted):
     image = torch.full((3, 300, 400), 101, dtype=torch.uint8)
     labels = torch.zeros(300, 400, dtype=torch.uint8)
     labels[:, 200:] = 1
-    picture = np.array(overlay(image, labels, [0.5, 0.5], [name, "dog"], [colour, (255, 0, 0)]))
+    picture = np.array(overlay(image, labels, [0.5, 0.5, 0.0], [name, "dog", "absent" * 50],
+                               [colour, (255, 0, 0), (0, 255, 0)]))
     assert picture.shape == (300 + 24, 400, 3)
     assert (picture[:300, 200:] == [178, 50, 50]).all()
     assert (picture[:300, :200] == ([55, 55, 150] if tinted else [101] * 3)).all()
