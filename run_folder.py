@@ -6,7 +6,7 @@
     result.txt, predictions.png                              its result
 
 Rank 0 writes all of it. A checkpoint holds the sizes that the logs had when it was written; resuming
-cuts them back to those, so that no line stands there twice and none by half.
+cuts them back to those, so that no line is duplicated or cut off.
 """
 
 import csv
@@ -281,12 +281,13 @@ class Run:
                 os.truncate(path, size)
 
     def save(self, name, done):
-        """Write a checkpoint, on rank 0; what goes wrong there is raised on all ranks."""
+        """Write a checkpoint, on rank 0; an error there is raised on all ranks."""
         together(self.collect)
         together(self.write_checkpoint, name, done)
 
     def write_checkpoint(self, name, done):
         if rank() != 0:
+            self.watch.advance(20)  # rank 0 may take long, and ends by itself where it waits for ever
             return
         if not all(p.isfinite().all() for p in self.student.parameters()):
             raise RunError(f"the weights are not finite after iteration {done}; {name} is untouched; "
@@ -385,16 +386,16 @@ def stop_signals():
 
 
 class StopWatch:
-    """Between its start and end (`with`), it hears what asks a run to stop: a signal, or the end of torchrun.
+    """Learns, while it is entered, that the run is to stop: by a signal, or by the end of torchrun.
 
-    A thread listens, as the main thread hears nothing while it waits in C for a device or another rank. Once
-    it is asked to stop, the main thread saves the run and ends. If it waits for something instead, which may
-    never come, the process is ended: after PATIENCE seconds in which it computed and saved nothing.
+    A thread listens, as Python's signal handlers wait while the main thread is in C, which waits for a device
+    or another rank. The main thread then saves the run at its next check. If it does not come to it, but
+    waits for PATIENCE seconds without computing or saving anything, the thread ends the process.
     """
     PATIENCE = 7
 
     def __init__(self):
-        self.reason, self.parent, self.handlers = None, os.getppid(), {}
+        self.reason, self.parent, self.handlers, self.advanced = None, os.getppid(), {}, 0.0
 
     def __enter__(self):
         for signum in stop_signals():
@@ -423,9 +424,10 @@ class StopWatch:
         if self.reason:
             raise RunError(self.reason)
 
-    def advance(self):
-        """The run gets on."""
-        self.advanced, self.computed = time.monotonic(), time.process_time()
+    def advance(self, patience=0):
+        """Note that the run makes progress, and grant that many more seconds."""
+        self.advanced = max(self.advanced, time.monotonic() + patience)
+        self.computed = time.process_time()
 
     def listen(self):
         heard = None
@@ -436,12 +438,12 @@ class StopWatch:
                     self.ask("stopped by a signal")
             if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.parent:
                 self.ask("stopped, as torchrun is gone")
-            # On a GPU a wait is busy, too; but there, no step is so long.
+            # A wait for a GPU takes CPU time, too; but there no step is as long as PATIENCE.
             busy = not torch.cuda.is_initialized() and time.process_time() - self.computed > 0.1
             if not self.reason or busy:
                 self.advance()
             elif time.monotonic() - self.advanced > self.PATIENCE:
-                threading.Timer(1, os._exit, [1]).start()  # should stderr wait, too
+                threading.Timer(1, os._exit, [1]).start()  # in case that stderr blocks, too
                 print(f"train.py: {self.reason} while it waited for a disk, a device or another rank; the "
                       f"same command resumes from the last checkpoint", file=sys.stderr, flush=True)
                 os._exit(1)
@@ -450,9 +452,9 @@ class StopWatch:
 
 def lock(folder):
     """Keep other runs out of a folder, as long as the file lives that is returned."""
-    file = open(folder / "lock", "w")  # noqa: SIM115, closed it would be no lock
+    file = open(folder / "lock", "w")  # noqa: SIM115, closing it would unlock the folder
     try:
-        if fcntl:  # not flock: loader processes would inherit it, and outlive a killed run by seconds
+        if fcntl:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         raise InputError(f"--out {folder}: another live run writes there; give another --out") from None
@@ -504,12 +506,12 @@ def changes(old, new):
 
 def scalar_event(values, step):
     """A record of TensorBoard's file format, with named values; b"" without TensorBoard. (Its own
-    SummaryWriter writes in a thread, which nobody can stop from failing on a full disk.)"""
+    SummaryWriter writes in a thread of its own, whose failure on a full disk cannot be caught.)"""
     try:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.summary.writer.record_writer import RecordWriter
-    except Exception:  # not installed, or not in one piece
+    except Exception:  # not installed, or broken
         return b""
     buffer = io.BytesIO()
     summary = Summary(value=[Summary.Value(tag=tag, simple_value=v) for tag, v in values.items()])

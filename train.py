@@ -64,7 +64,7 @@ from ranks import (
 from run_folder import Run, RunError
 from settings import check_memory, parse_arguments
 
-# What else is said where memory, or the int that counts elements, runs out.
+# torch's messages where memory runs out, or the int that counts elements.
 TOO_LARGE = ("out of memory|allocate memory|_STATUS_ALLOC_FAILED|INT_MAX elements|"
              "too large for the channels_last CUDA kernel")
 

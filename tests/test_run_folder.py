@@ -376,6 +376,24 @@ def test_a_signal_ends_a_run_that_waits_for_another_rank(tmp_path):
     assert exit_codes([stopped], limit) == [1]
 
 
+@pytest.mark.slow
+def test_a_run_that_was_asked_to_stop_may_take_its_time_to_save(monkeypatch):
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr(run_module.StopWatch, "PATIENCE", 2)
+    with run_module.StopWatch() as watch:
+        watch.ask("stopped by a test")
+        for _ in range(6):
+            time.sleep(0.5)
+            watch.advance()  # as it writes
+        until = time.process_time() + 3
+        while time.process_time() < until:  # and computes
+            pass
+        assert not ended
+        time.sleep(5)
+        assert ended
+
+
 def wait_for(file, processes):
     began = time.monotonic()
     while not file.exists():
@@ -435,6 +453,13 @@ def test_signals_are_handled_as_before_once_main_returns_or_raises(tmp_path, sma
 @pytest.fixture
 def small(monkeypatch):
     shrink(monkeypatch)
+
+
+def test_loading_takes_no_process_no_shared_memory_and_no_socket(tmp_path, small, monkeypatch):
+    # A small /dev/shm is no trouble then, nor is a TMPDIR that is too long for sockets.
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "scratch_of_a_job" / ("long" * 30)))
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", None)
+    assert run(*TINY, "--iters", 2, "--workers", 2, "--out", tmp_path / "out")[0] == 0
 
 
 def run(*flags):
