@@ -210,9 +210,10 @@ def unused(data, pixels):
         image = owners.get(MASK_ENDING.sub("", stem).lower())
         return None if image == stem else image
 
-    def beginning(stem):  # the stem of an image with which this one begins, or None
-        cuts = [match.start() for match in re.finditer("[-_. ]", stem)]
-        return next((owners[stem[:cut].lower()] for cut in cuts[::-1] if stem[:cut].lower() in owners), None)
+    def beginning(path):  # the stem of the image with which a name, or its folder's, begins, or None
+        stem = path.stem.lower()
+        starts = [path.parent.name.lower(), *(stem[:cut.start()] for cut in re.finditer("[-_. ]", stem))]
+        return next((owners[start] for start in starts[::-1] if start in owners), None)
 
     of_masks, of_photographs = misused(data, pixels, owner, beginning)
     for lines, more in zip((of_masks, of_photographs), unread(data, owner)):
@@ -238,13 +239,13 @@ def misused(data, pixels, owner, beginning):
         + place)
     strays = sorted((data.masks[name] for name in data.masks.keys() - data.images.keys()),
                     key=lambda path: (not owner(path.stem), path))
-    starts = Counter((path.parent, beginning(path.stem)) for path in strays)
-    several = [path for path in strays if (start := beginning(path.stem)) and starts[path.parent, start] > 1]
+    starts = Counter((path.parent, beginning(path)) for path in strays)
+    several = [path for path in strays if (start := beginning(path)) and starts[path.parent, start] > 1]
     say(of_masks, several, "masks like this one are one of several of an image, which has one mask, of its "
         "own stem; if each is of one class, merge them (see docs/own-photographs.md); else keep one and "
         "rename it")
     strays = sorted({*strays} - {*several}, key=strays.index)
-    meant = owner(strays[0].stem) or beginning(strays[0].stem) if strays else None
+    meant = owner(strays[0].stem) or beginning(strays[0]) if strays else None
     rename = f": call this one {meant}.png, and so on" if meant and meant not in data.masks else ""
     say(of_masks, strays, "masks like this one have no image of their name; a mask needs the stem of its "
         f"image, and its folder, if several images have that stem{rename}")
@@ -294,6 +295,8 @@ def unread(data, owner):
     for path in walk(data.root, (f"{photographs}/", f"{masks}/")):
         if path not in used and path.exists() and not SIDE_FILES.fullmatch(path.name):
             groups.setdefault((path.parent, path.suffix.lower()), []).append(path)
+    alike = Counter(path.stem for (_, suffix), paths in groups.items() for path in paths
+                    if suffix in MASK_SUFFIXES)
     for (folder, suffix), paths in groups.items():
         parts = folder.relative_to(data.root).parts or ("",)
         among_images, among_masks = folder.is_relative_to(photographs), parts[0] in (*MASK_FOLDERS, OLD_MASKS)
@@ -312,6 +315,9 @@ def unread(data, owner):
         if seem_masks and masks.name == OLD_MASKS:
             remedy = (f"an earlier version made {masks}/ of such: to read these instead, move it away, and "
                       f"{data.colours_remedy('')}")
+        elif seem_masks and alike[fresh[0].stem] > 1:
+            remedy = (f"others have the same names: if each folder has the masks of one class, merge them "
+                      f"(see docs/own-photographs.md); else move those of one folder into {new_mask}/")
         elif seem_masks and suffix in MASK_SUFFIXES:
             rename = f", this one as {meant}{suffix}, and so on" if meant else ""
             remedy = f"if they are masks, move them into {new_mask}/{rename}"

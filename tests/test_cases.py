@@ -118,7 +118,7 @@ def one_class_each(root, name="{}/p{:02d}.png"):
     for i in range(6):
         for k, label in enumerate(("background", "thing")):
             save((scene(i)[1] == k) * np.uint8(255), root / "masks" / name.format(*(
-                (label, i) if "/" in name else (i, label))))
+                (i, label) if name.startswith("p{:") else (label, i))))
 
 
 def link(target, *names):
@@ -536,6 +536,13 @@ CASES = {
         move("images/*.png", "masks", without("_x"))),
     "a folder for each class": (one_class_each, "background and .*masks/thing: each has a mask of p00, ",
                                 merge),
+    "a folder for each image": (lambda root: one_class_each(root, "p{1:02d}/{0}.png"),
+                                "12 masks like this one are one of several of an image, .*merge them", merge),
+    "folders for each class beside": (
+        lambda root: (one_class_each(root), [(root / "masks" / name).rename(root / name) for name in (
+            "background", "thing")], (root / "masks").rmdir()),
+        "background: 6 files .png .*others have the same names: .*merge.*\\n.*thing: 6 files",
+        lambda root, said: folder()(root)),
     "a file for each class": (lambda root: one_class_each(root, "p{:02d}_{}.png"), "12 masks like this one "
                               "are one of several of an image, .*merge them", merge),
     "georeferences": (files(b"1", *(f"{name}{suffix}" for name in ("images/p00", "masks/p00")
