@@ -16,26 +16,11 @@ from test_train import HIDDEN
 HERE = Path(bench.__file__).parent.parent
 
 
-def run(*flags):
-    return subprocess.run([sys.executable, "tools/bench.py", *map(str, flags)], cwd=HERE,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"} | HIDDEN, capture_output=True, text=True)
-
-
 @pytest.mark.slow
-def test_the_command_prints_every_section_and_ends_with_the_ratio():
-    done = run("--backbone", "resnet18", "--channels", 16, "--crop-size", 32, "--accumulate", 2,
-               "--repeats", 2)
-    assert done.returncode == 0, done.stderr
-    assert "crop 32, 4 + 4 in 2, fp32" in done.stdout
-    *lines, last = done.stdout.splitlines()
-    assert float(re.fullmatch(r"step/network (\d+\.\d{3})", last)[1]) > 0
-    names = [re.split(r"\s{2,}", line.strip())[0] for line in lines]
-    for name in ("load wait", "copy to device", "the rest", *bench.PARTS.values(), "first step", "step",
-                 "network", "images", "peak memory of a step", "network, counted", "loader, 1 workers",
-                 "workers a step needs", "max(1) / top_class", "one / many", "evaluation",
-                 "around the network"):
-        assert name in names
-    assert max(map(len, lines)) <= 110
+def test_operations_are_counted_without_a_step(capsys):
+    bench.main(["--only", "flops", "--crop-size", "513", "--batch-size", "16"])
+    counted, = re.findall(r"network, counted +([\d.]+) TFLOP", capsys.readouterr().out)
+    assert float(counted) == 25.4  # docs/speed.md
 
 
 def test_the_clock_counts_a_part_within_another_once():
@@ -66,12 +51,17 @@ def test_gpu_sh_runs_end_to_end_and_prints_the_table_of_docs_speed(tmp_path):
                    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(["bash", "tools/gpu.sh"], cwd=HERE, env=environment, capture_output=True, text=True)
     assert done.stdout == (tmp_path / "gpu.txt").read_text() and not done.stderr
+    bf16 = done.stdout.split("=== bf16")[1].split("===")[0]
+    for name in ("load wait", "copy to device", "the rest", *bench.PARTS.values(), "first step", "images",
+                 "workers a step needs"):
+        assert f"  {name} " in bf16.replace("\n", "\n  ")
+    assert re.search(r"^step/network \d+\.\d{3}$", bf16, re.MULTILINE)
     table = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
     page = (HERE / "docs" / "speed.md").read_text().partition("## On a GPU")[2].partition("\n## ")[0]
     assert [what for what, _ in table] == [line.split(" | ")[0] for line in page.splitlines()
                                            if line.startswith("| ")]
     cells = {what.strip("| "): cell.removesuffix(" |") for what, cell in table}
-    assert cells.pop("what") == "CPU"
+    assert cells.pop("what") == "CPU, tiny sizes"
     for what, cell in cells.items():
         assert re.search(r"\d", cell) and not re.search("stopped|failed|left out", cell), (what, cell)
     resumed = cells["the default data set, killed once and resumed: mIoU; seconds"]

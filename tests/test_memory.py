@@ -81,10 +81,12 @@ def test_the_formula_gives_what_was_counted(flags, counted):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", ["--amp", "--no-amp --accumulate=2"])
-def test_a_step_still_takes_what_was_counted(flags):
+@pytest.mark.parametrize("flags, before", [("--amp", 1.734), ("--no-amp --accumulate=2", 1.447)])
+def test_a_step_takes_no_more_than_before(flags, before):
+    # One more map of all weak views, kept until the step ends, would be 0.7 %.
     flags += " --backbone=resnet18 --channels=64 --crop-size=257"
-    assert step_memory(parse(flags)) == pytest.approx(counted_peak(flags), rel=0.04)
+    counted = counted_peak(flags)
+    assert counted < 1.003 * before and step_memory(parse(flags)) == pytest.approx(counted, rel=0.04)
 
 
 def test_ranks_share_the_batch():

@@ -15,10 +15,10 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python=$(command -v python || command -v python3)
 
-small="" compiler=inductor train="--checkpoint-every 100"
+small="" compiler=inductor train="--checkpoint-every 100" sizes=""
 if [ -n "${GPU_SH_TINY:-}" ]; then  # of a flag given twice, the last counts
     small="--backbone resnet18 --output-stride 16 --channels 16 --crop-size 32 --batch-size 4 --repeats 1"
-    compiler=eager
+    compiler=eager sizes=", tiny sizes"
     train="--checkpoint-every 2 --iters 8 --channels 16 --batch-size 4 --eval-every 99"
 fi
 
@@ -76,11 +76,11 @@ step() {  # PART: what is told of a step in every size, or how the part ended
 }
 
 table() {
-    local card sizes
+    local card
     card=$(tail -n 1 "$work/card")
     printf '\n\nThe table "On a GPU" of docs/speed.md:\n\n'
     cat <<EOF
-| what | $(cut -d';' -f1 <<< "$card") |
+| what | $(cut -d';' -f1 <<< "$card")$sizes |
 |---|---|
 | torch, torchvision, driver | $(cut -d';' -f2 <<< "$card") |
 | \`pytest tests/gpu\` | $(summary tests) |
@@ -117,7 +117,11 @@ name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 print("Python", sys.version)
 print(driver or "no nvidia-smi here")
 driver = driver.partition("\n")[0].split(", ")[1] if driver else "none"
-print(f"{name}; {torch.__version__}, {torchvision.__version__}, {driver}")'
+print(f"{name};{torch.__version__}, {torchvision.__version__}, {driver}")'
+    if [ -z "$sizes" ] && grep -q '^CPU;' "$work/card"; then
+        echo "gpu.sh: torch finds no GPU here; GPU_SH_TINY=1 bash tools/gpu.sh tries it on a CPU"
+        return
+    fi
     part tests 120 "$python" -m pytest -q -m "not slow" tests/gpu --ignore tests/gpu/test_gpu_ranks.py
     bench bf16 110 --only step loader kernels evaluation --crop-size 513 --batch-size 16 --amp --repeats 20
     bench float32 70 --only step --crop-size 513 --batch-size 16 --no-amp --repeats 6

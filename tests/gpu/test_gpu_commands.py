@@ -51,7 +51,7 @@ def metrics(out):
 
 @pytest.mark.slow
 def test_a_run_killed_and_resumed_is_the_run_within_rounding(device, tmp_path):
-    flags = [*TINY, "--iters", "40", "--checkpoint-every", "5", "--eval-every", "99"]
+    flags = [*TINY, "--iters", "16", "--checkpoint-every", "4", "--eval-every", "99"]
     train.main([*flags, "--out", str(tmp_path / "whole")])
     killed = tmp_path / "killed"
     run = subprocess.Popen([sys.executable, "train.py", *flags, "--out", killed], cwd=HERE,
