@@ -12,10 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import evidence
 from settings import parse_arguments
+from test_data import custom
 from test_train import HIDDEN
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -191,6 +193,23 @@ def test_unknown_rows_and_bad_flags_are_refused_before_anything_runs(arguments, 
     with pytest.raises(SystemExit) as stopped:
         evidence.main(["--rows", "tau", "--out", str(tmp_path / "runs"), *arguments])
     assert stopped.value.code == 2 and told in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_it_is_counted_how_pseudo_labels_name_each_class(tmp_path, monkeypatch):
+    def network(images):  # sure of sky on the left, of road in the middle, and of nothing on the right
+        logits = torch.zeros(1, 2, 12, 16)
+        logits[:, 0, :, :4] = logits[:, 1, :, 4:8] = 9
+        return logits
+
+    root = custom(tmp_path / "mine")  # sky and road take turns, column by column
+    checkpoint = {"settings": {"dataset": "custom", "data_root": str(root), "image_size": None, "tau": 0.9},
+                  "lists": {"labelled": ["im0"]}, "iteration": 7}
+    monkeypatch.setattr(evidence, "load_model", lambda path: (network, checkpoint))
+    # Of 8 columns a class, 2 are named rightly and 2 as the other; the rest is below tau.
+    table = evidence.named_table("last.pth").splitlines()
+    assert table[0] == "last.pth, iteration 7, tau 0.9, 3 images"
+    assert table[-2:] == [f"| {name} | 50.0% | 25.0% | 25.0% | 50.0% |" for name in ("sky", "road")]
+    assert evidence.named_table("last.pth", 1).endswith("| road | 50.0% | 0.0% | 0.0% |  |")
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@
     python tools/evidence.py --rows labels --seeds 5 --classes rings rows columns checker
     python tools/evidence.py --rows camvid camvid160 --seeds 3 --data-root PATH/TO/camvid
     python tools/evidence.py --rows table1 --data-root data/voc --ranks 8 [--dry-run]
+    python tools/evidence.py --named runs/evidence/HagSeg-1/last.pth [--tau 0.95]
 
 Each run is the real command, in runs/evidence/ROW-SEED, where it leaves its folder (250 MB on shapes) and
 its output in a .log file; what is finished is not run again, and what was stopped is resumed. Flags
@@ -132,6 +133,16 @@ def command(row, flags, seed, args):
 
 
 @torch.inference_mode()
+def pseudo_labels(teacher, data, names, settings):
+    """Yields the mask and the pseudo-labels, both (H, W), of each of these images, which are taken whole."""
+    for name in names:
+        image = data.image(name)
+        image, mask = weak_augment(image, data.mask(name), max(image.size), np.random.default_rng(0),
+                                   (1, 1), settings["image_size"])
+        prob = teacher(normalize(picture_to_tensor(image)[None])).softmax(1)
+        yield picture_to_tensor(mask), pseudo_label(prob, settings["tau"])[0]
+
+
 def pseudo_label_accuracy(out):
     """Shares of a finished run's pseudo-labels, on its unlabelled images, that are right: of all of
     them, of the easiest quarter of the images by their last gamma, and of the hardest quarter."""
@@ -142,18 +153,37 @@ def pseudo_label_accuracy(out):
         gamma = {name: float(value) for iteration, name, value in csv.reader(file)
                  if iteration != "iteration"}  # the header
     counts = []  # right and all pseudo-labels of an image, from the easiest to the hardest
-    for name in sorted(gamma, key=gamma.get):
-        image = data.image(name)
-        image, mask = weak_augment(image, data.mask(name), max(image.size), np.random.default_rng(0),
-                                   (1, 1), settings["image_size"])  # as a whole
-        truth = picture_to_tensor(mask)
-        label = pseudo_label(teacher(normalize(picture_to_tensor(image)[None])).softmax(1),
-                             settings["tau"])[0]
+    for truth, label in pseudo_labels(teacher, data, sorted(gamma, key=gamma.get), settings):
         counted = (label != IGNORE) & (truth != IGNORE)
         counts.append([(label == truth)[counted].sum().item(), counted.sum().item()])
     quarter = len(counts) // 4
     sums = [np.sum(part, axis=0) for part in (counts, counts[:quarter], counts[-quarter:])]
     return [right / max(kept, 1) for right, kept in sums]
+
+
+def named_table(path, tau=None):
+    """How the pseudo-labels of a checkpoint name each class, on the training images that it had no labels
+    of: the share of all pixels that are of the class; of these, the shares that are named rightly, and
+    as another class; and of the pixels that are named so, the share that is right."""
+    teacher, checkpoint = load_model(path)
+    settings = checkpoint["settings"] | ({} if tau is None else {"tau": tau})
+    data = open_data(settings["dataset"], settings["data_root"])
+    names = sorted({*data.labelled} - {*checkpoint["lists"]["labelled"]})
+    classes = len(data.classes)
+    counts = torch.zeros(classes, classes + 1, dtype=torch.float64)  # truth x pseudo-label; the last: none
+    for truth, label in pseudo_labels(teacher, data, names, settings):
+        kept = truth != IGNORE
+        pairs = truth[kept].long() * (classes + 1) + label[kept].long().clamp(max=classes)
+        counts += pairs.bincount(minlength=counts.numel()).view_as(counts)
+    lines = [f"{path}, iteration {checkpoint['iteration']}, tau {settings['tau']}, {len(names)} images\n",
+             "| class | of all pixels | named rightly | named otherwise | right where named |",
+             "|---" * 5 + "|"]
+    for k, name in enumerate(data.classes):
+        of_it, right = counts[k].sum(), counts[k, k]
+        shares = (of_it / counts.sum(), right / of_it, (counts[k, :-1].sum() - right) / of_it,
+                  right / counts[:, k].sum())
+        lines.append(f"| {name} | " + " | ".join("" if v.isnan() else f"{v:.1%}" for v in shares) + " |")
+    return "\n".join(lines)
 
 
 def choose_labels(out, seed):
@@ -236,12 +266,18 @@ def main(argv=None):
                         help="of train.py (default: what the GPUs' memory asks for)")
     parser.add_argument("--memory", type=float, metavar="GIB", help="of a GPU (default: as it is here)")
     parser.add_argument("--classes", nargs="+", default=[], metavar="NAME", help="report their IoU too")
+    parser.add_argument("--named", metavar="CHECKPOINT",
+                        help="run nothing; count how its pseudo-labels name the pixels of each class")
+    parser.add_argument("--tau", type=float, help="for --named, in place of the run's own")
     parser.add_argument("--data-root")
     parser.add_argument("--out", type=Path, default=Path("runs/evidence"))
     parser.add_argument("--dry-run", action="store_true", help="print the commands, and run nothing")
     parser.add_argument("flags", nargs="*", metavar="-- FLAG", help="more flags of train.py, for all rows")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
+    if args.named:
+        print(named_table(args.named, args.tau))
+        return
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     rows = {row: flags for group in args.rows for row, flags in GROUPS[group].items()}
     unknown = {*(args.only or [])} - {*rows}

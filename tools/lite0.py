@@ -5,8 +5,8 @@
     python tools/lite0.py evaluate runs/lite0/last.pth
     python tools/lite0.py predict runs/lite0/last.pth photographs
 
-Behind a script's name are its own flags; where a message says `python evaluate.py`, it is `python
-tools/lite0.py evaluate` here. The same command resumes a run. --backbone says nothing.
+Behind a script's name (evidence is one, too) are its own flags; where a message says `python evaluate.py`, it
+is `python tools/lite0.py evaluate` here. The same command resumes a run. --backbone says nothing.
 """
 
 import importlib.util
