@@ -88,7 +88,7 @@ def test_a_wait_for_a_disk_ends_when_the_run_is_asked_to_stop():
         raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        list(loaded(lambda key: disk.wait(), range(3), 2, check))
+        list(loaded(lambda key: disk.wait(8), range(3), 2, check))
     assert time.monotonic() - began < 5
     disk.set()
 
