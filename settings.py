@@ -268,7 +268,7 @@ def step_memory(args, ranks=1):
     """GiB that the tensors of a training step take at their peak on each of `ranks`, with 21 classes.
 
     Fitted to what was counted on tensors without content (docs/speed.md), within 4 %; up to 15 % too high
-    below 0.5 GiB. The weights count four times: student, gradient, momentum and teacher.
+    below 1 GiB. The weights count four times: student, gradient, momentum and teacher.
     """
     encoder, decoder, image = MEMORY[args.backbone]
     width, share = args.channels / 256, args.batch_size / ranks
