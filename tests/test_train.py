@@ -242,6 +242,14 @@ def test_as_released_leaves_out_the_term_of_a_cutmix_that_does_not_fire(gamma, w
     assert [float(weight) for *_, weight in views] == weights
 
 
+def test_as_released_gives_a_single_view_all_the_weight():
+    batch = {"weak": torch.zeros(4, 3, 8, 8, dtype=torch.uint8)}
+    weak, labels = normalize(batch["weak"]), torch.zeros(4, 8, 8, dtype=torch.uint8)
+    (view,), fired = strong_views(batch, weak, labels, torch.zeros(4), 0,
+                                  settings("--as-released", "--intensity", "none"))
+    assert fired == 1 and view[2] == 1
+
+
 def test_as_released_is_what_the_authors_code_does_on_each_data_set():
     flags = "ignore_background", "multi_grid", "ohem", "aux"
     for dataset, street in (("voc", False), ("cityscapes", True)):
@@ -414,6 +422,23 @@ def test_ohem_keeps_the_pixels_below_07_and_at_least_100000():
     for parts, expected in (("1", mean), ("2", -math.log(0.75))):
         args = settings("--ohem", "--accumulate", parts)
         assert supervised_loss(logits, labels, args).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_ohem_counts_pixels_exactly():
+    # 160,000 pixels of evenly rising probability, in float64 so that no two are equal: easy, then hard.
+    labels = torch.zeros(1, 400, 400, dtype=torch.uint8)
+    for low in (1.0, 0.0):
+        logits = torch.zeros(1, 2, 400, 400, dtype=torch.float64)
+        logits[0, 0] = torch.linspace(low, low + 1, 160_000, dtype=torch.float64).view(400, 400)
+        below = (logits.softmax(1)[:, 0] < 0.7).sum().item()
+        logits.requires_grad_()
+        supervised_loss(logits, labels, settings("--ohem")).backward()
+        assert (logits.grad[0, 0] != 0).sum() == max(100_000, below)
+    # All void, and all but one pixel.
+    labels.fill_(IGNORE)
+    assert supervised_loss(logits, labels, settings("--ohem")) == 0
+    labels[0, 0, 0] = 0
+    assert supervised_loss(logits, labels, settings("--ohem")).item() == pytest.approx(math.log(2))
 
 
 def test_protocols_are_those_of_section_5():
