@@ -473,7 +473,8 @@ def compute_views(rank, world, out):
 @pytest.mark.slow
 def test_pairs_coin_and_boxes_are_the_global_batchs_on_any_number_of_ranks(tmp_path):
     # R11: the shares of 4 ranks, side by side, are what one process makes.
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torchvision", "pytest"])  # imported once for all four
     compute_views(0, 1, tmp_path)
     whole = torch.load(tmp_path / "1-0.pt")
     assert 0 < sum(bool(fired) for *_, fired in whole) < 12
