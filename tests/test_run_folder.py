@@ -962,7 +962,7 @@ def test_memory_that_runs_out_on_one_rank_or_on_all_gets_one_line(tmp_path, rank
 
 
 OLD_PYTHON = """
-import collections, sys, numpy, torch, torchvision, PIL.Image; sys.path.insert(0, {here!r})
+import collections, sys, numpy, torch, torchvision, PIL.Image; sys.path[:0] = [{here!r}, {here!r} + "/tools"]
 Version = collections.namedtuple("Version", "major minor")
 sys.version_info = Version(3, 9)
 for script in ("train", "evaluate", "predict", "prepare", "bench"):
