@@ -361,8 +361,9 @@ class Run:
             say(f"Masks of photographs: {shlex.join(['python', 'predict.py', f'{folder}/last.pth'])} PATH...")
         if folder.name.endswith("-hagseg"):
             baseline = folder.with_name(folder.name.replace("hagseg", "supervised"))
-            say(f"Beside the baseline, once it is trained with --supervised:\npython evaluate.py "
-                f"{folder}/last.pth --beside {baseline}/last.pth --pictures {folder}/panels")
+            command = ["python", "evaluate.py", f"{folder}/last.pth", "--beside", f"{baseline}/last.pth",
+                       "--pictures", f"{folder}/panels"]
+            say(f"Beside the baseline, once it is trained with --supervised:\n{shlex.join(command)}")
         confident = self.confident_at_last()
         if confident < 0.05:
             say(f"The unlabelled images taught this run nothing: in its last third, {confident:.1%} of "
