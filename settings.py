@@ -9,7 +9,6 @@ import os
 import sys
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import get_args
 
 import torch
 
@@ -26,22 +25,37 @@ PROBABILITY = "a probability, 0 to 1", lambda v: 0 <= v <= 1
 BELOW_1 = "at least 0 and below 1", lambda v: 0 <= v < 1
 PAIR = "BatchNorm needs two images or more", lambda v: v >= 2
 
+VOC = {"data_root": "data/voc", "split": "1_8", "eval_every": 1}
+PROTOCOLS = {
+    "shapes": {"data_root": "", "split": "1_16", "backbone": "resnet18", "channels": 64, "weights": "none",
+               "crop_size": 32, "scale": (1, 1.25), "batch_size": 8, "epochs": 14, "ema": 0.98, "lr": 0.03,
+               "encoder_lr": 0.03, "eval_every": 2},
+    "voc": VOC,
+    "voc_classic": VOC,
+    "cityscapes": {"data_root": "data/cityscapes", "split": "1_8", "crop_size": 769, "window": 769,
+                   "epochs": 240, "tau": 0.7, "encoder_lr": 0.01, "weight_decay": 5e-4, "eval_every": 1},
+    "custom": {"least_iters": 4000},
+}
+SMALL = {"backbone": "resnet18", "channels": 64, "image_size": 256, "crop_size": 129, "batch_size": 4,
+         "ema": 0.99, "iters": 3000, "eval_every": None}  # on top of the data set's protocol
+
 
 def flag(default, help, within=ANY, **options):
-    """A field of Settings with a flag; `options` go to argparse. None: follows from other settings."""
+    """A field of Settings with a flag; `options` go to argparse. A default of None follows from others."""
     return field(default=default, metadata={"help": help, "within": within, "options": options})
 
 
 @dataclass
 class Settings:
     # data
-    dataset: str = flag("shapes", "shapes is drawn on the fly; custom is a folder of your own photographs")
+    dataset: str = flag("shapes", "shapes is drawn on the fly; custom is a folder of your own photographs",
+                        choices=PROTOCOLS)
     data_root: str = flag("data/custom", "folder of the data set, as its archive unpacks it")
     split: str = flag(None, f"which images are labelled: {', '.join(SPLITS)}, or a file of ids; without it, "
                             f"custom takes every image that has a mask")
     crop_size: int = flag(513, "side of the training crops", COUNT)
-    scale: tuple[float] = flag((0.5, 2.0), "range of the random scale; lower MAX if objects fill the crop",
-                               POSITIVE, nargs=2, metavar=("MIN", "MAX"))
+    scale: list = flag((0.5, 2.0), "range of the random scale; lower MAX if objects fill the crop", POSITIVE,
+                       type=float, nargs=2, metavar=("MIN", "MAX"))
     image_size: int = flag(None, "shrink images to this longer side: for photographs much larger than the "
                                  "crop; results still have the images' own size", COUNT, metavar="SIDE")
     small: bool = flag(False, "for a laptop or a quick look, with any data set: resnet18, 64 channels, "
@@ -86,7 +100,8 @@ class Settings:
     epochs: int = flag(80, "passes over the unlabelled images; for custom over the larger of the two sets, "
                            "and without this flag at least 4,000 iterations", COUNT)
     iters: int = flag(None, "iterations, instead of epochs", COUNT)
-    amp: bool = flag(None, "bf16 autocast; by default on GPUs with bf16; faster on CPUs with bf16 too")
+    amp: bool = flag(None, "bf16 autocast; by default on GPUs with bf16; faster on CPUs with bf16 too",
+                     action=argparse.BooleanOptionalAction)
     # run
     out: str = flag(None, "folder of the run (default: runs/DATASET-SPLIT-METHOD)")
     seed: int = flag(0, "random seed", NOT_NEGATIVE)
@@ -106,23 +121,9 @@ class Settings:
 
 GROUPS = {"dataset": "data", "backbone": "network", "supervised": "method", "batch_size": "optimisation",
           "out": "run"}  # the first setting of each group in --help
-VOC = {"data_root": "data/voc", "split": "1_8", "eval_every": 1}
-PROTOCOLS = {
-    "shapes": {"data_root": "", "split": "1_16", "backbone": "resnet18", "channels": 64, "weights": "none",
-               "crop_size": 32, "scale": (1, 1.25), "batch_size": 8, "epochs": 14, "ema": 0.98, "lr": 0.03,
-               "encoder_lr": 0.03, "eval_every": 2},
-    "voc": VOC,
-    "voc_classic": VOC,
-    "cityscapes": {"data_root": "data/cityscapes", "split": "1_8", "crop_size": 769, "window": 769,
-                   "epochs": 240, "tau": 0.7, "encoder_lr": 0.01, "weight_decay": 5e-4, "eval_every": 1},
-    "custom": {"least_iters": 4000},
-}
-SMALL = {"backbone": "resnet18", "channels": 64, "image_size": 256, "crop_size": 129, "batch_size": 4,
-         "ema": 0.99, "iters": 3000, "eval_every": None}  # on top of the data set's protocol
-# GiB by backbone: the weights of the encoder and of a decoder of 256 channels, and what a step keeps of an
-# image of 513 x 513 at output stride 16 and 8.
-MEMORY = {"resnet18": (0.17, 0.08, {16: 0.27, 8: 0.40}), "resnet34": (0.32, 0.08, {16: 0.33, 8: 0.52}),
-          "resnet50": (0.35, 0.25, {16: 0.64, 8: 1.16}), "resnet101": (0.63, 0.25, {16: 0.85, 8: 1.98})}
+# GiB by backbone: the weights, and what a step keeps of an image of 513 x 513 at output stride 16 and 8.
+MEMORY = {"resnet18": (0.25, {16: 0.28, 8: 0.41}), "resnet34": (0.40, {16: 0.34, 8: 0.53}),
+          "resnet50": (0.60, {16: 0.65, 8: 1.17}), "resnet101": (0.88, {16: 0.87, 8: 2.0})}
 # What a checkpoint given as --weights settles unless a flag says otherwise.
 FROM_CHECKPOINT = ("backbone", "channels", "output_stride", "multi_grid", "image_size", "crop_size")
 
@@ -164,19 +165,14 @@ def parse_arguments(argv=None):
 
 def add_flag(group, setting, default):
     """Add the flag of a field of Settings to a group of argparse's."""
-    options = dict(setting.metadata["options"])
-    if setting.name == "dataset":
-        options["choices"] = PROTOCOLS
-    if setting.name == "amp":
-        options["action"] = argparse.BooleanOptionalAction
-    elif setting.type is bool:
-        options["action"] = "store_true"
+    options, text = dict(setting.metadata["options"]), setting.metadata["help"].replace("%", "%%")
+    if setting.type is bool:
+        options.setdefault("action", "store_true")
     else:
-        options["type"] = (get_args(setting.type) or (setting.type,))[0]
-    text = setting.metadata["help"]
-    if setting.type is not bool and default not in (None, ""):
-        text += f" (default: {default})"
-    group.add_argument(name_of(setting), help=text.replace("%", "%%"), **options)
+        options.setdefault("type", setting.type)
+        if default not in (None, ""):
+            text += f" (default: {default})"
+    group.add_argument(name_of(setting), help=text, **options)
 
 
 def name_of(setting):
@@ -220,9 +216,9 @@ def take_from_checkpoint(args, given):
         trained = torch.load(path, "cpu", weights_only=True, mmap=True)["settings"]
     except Exception:  # no checkpoint of train.py: the network says what else it can take
         return
-    taken = {name: trained[name] for name in FROM_CHECKPOINT if name in trained and name not in given}
-    differ = {name: trained[name] for name in FROM_CHECKPOINT
-              if name in trained and trained[name] != given.get(name, trained[name])}
+    trained = {name: trained[name] for name in FROM_CHECKPOINT if name in trained}
+    taken = {name: value for name, value in trained.items() if name not in given}
+    differ = {name: value for name, value in trained.items() if given.get(name, value) != value}
     vars(args).update(taken)
     say(f"--weights {args.weights}: {described(taken)}, as that run had")
     if differ:
@@ -251,33 +247,29 @@ def check(args, given):
     demand(args.crop_size >= 2 * args.output_stride,
            f"--crop-size {args.crop_size}: too small for an output stride of {args.output_stride}; at least "
            f"{2 * args.output_stride}")
-    ranks, share = world_size(), args.batch_size // world_size()
-    demand(args.batch_size % ranks == 0,
-           f"--batch-size {args.batch_size}: {ranks} ranks cannot share it evenly; {max(1, share) * ranks} "
-           f"or {(share + 1) * ranks} would work")
-    fitting = ", ".join(str(n) for n in range(1, share + 1) if share % n == 0)
-    demand(share % args.accumulate == 0,
-           f"--accumulate {args.accumulate}: does not divide a rank's share of {share} images; {fitting} "
-           f"would work")
-    demand(not args.supervised or share > args.accumulate or (args.cuda and ranks > 1),
-           f"--batch-size {args.batch_size}: {ranks} ranks and --accumulate {args.accumulate} leave "
-           f"BatchNorm one image at a time, and it needs two")
+    ranks = world_size()
+    parts = ranks * args.accumulate
+    demand(args.batch_size % parts == 0,
+           f"--batch-size {args.batch_size}: {ranks} ranks with --accumulate {args.accumulate} cannot split "
+           f"it evenly; give a multiple of {parts}, or another --accumulate")
+    demand(not args.supervised or args.batch_size > parts or (args.cuda and ranks > 1),
+           f"--batch-size {args.batch_size}: {ranks} ranks with --accumulate {args.accumulate} leave "
+           f"BatchNorm one image at a time, and it needs two; give {2 * parts}")
 
 
 def step_memory(args, ranks=1):
     """GiB that the tensors of a training step take at their peak on each of `ranks`, with 21 classes.
 
-    Fitted to what was counted on tensors without content (docs/speed.md), within 4 %; up to 15 % too high
-    below 1 GiB. The weights count four times: student, gradient, momentum and teacher.
+    Within 10 % of what was counted on tensors without content (docs/speed.md). The weights count four
+    times: student, gradient, momentum and teacher.
     """
-    encoder, decoder, image = MEMORY[args.backbone]
-    width, share = args.channels / 256, args.batch_size / ranks
+    weights, image = MEMORY[args.backbone]
     views = 0 if args.supervised else max(1, (args.intensity != "none") + (args.cutmix != "none"))
-    kept = image[args.output_stride] - {16: 0.09, 8: 0.14}[args.output_stride] * (1 - width) + 0.03 * args.aux
+    images = args.batch_size / ranks / args.accumulate * (1 + views)  # of one forward
+    kept = image[args.output_stride] * (args.crop_size / 513) ** 2
     if args.amp:
-        kept = kept / 2 + 0.026  # logits and losses stay in float32
-    images = share / args.accumulate * (1 + views)  # of one forward
-    return encoder + decoder * width + (images * kept + 0.01 * share) * (args.crop_size / 513) ** 2
+        kept *= 0.54  # logits and losses stay in float32
+    return (weights + images * kept) * (3 + args.channels / 256) / 4  # the decoder's part is a quarter
 
 
 def check_memory(args, argv=None):
@@ -292,15 +284,14 @@ def check_memory(args, argv=None):
     size = f"a step of {args.backbone} with crops of {args.crop_size} takes about {need:.1f} GiB"
     if need < have:
         return f"{size}, and is slow on a CPU; --small is made for one"
-    small = parse_arguments([*(sys.argv[1:] if argv is None else argv), "--small"])
-    remedies = ["--small"] if not args.small and 1.15 * step_memory(small, ranks) < have else []
+    others = {"--small": parse_arguments([*(sys.argv[1:] if argv is None else argv), "--small"])}
     share = args.batch_size // ranks
-    for n in range(args.accumulate + 1, share // 2 + 1):
-        if share % n == 0 and 1.15 * step_memory(replace(args, accumulate=n), ranks) < have:
-            remedies.append(f"--accumulate {n}")
-            break
+    for n in range(2, share // 2 + 1):
+        if share % n == 0:
+            others[f"--accumulate {n}"] = replace(args, accumulate=n)
+    fitting = [flag for flag, other in others.items() if 1.15 * step_memory(other, ranks) < have]
     raise InputError(f"{size}, and each process has {have:.1f}; give "
-                     f"{' or '.join(remedies) or 'a smaller --crop-size'}")
+                     f"{' or '.join(fitting[:2]) or 'a smaller --crop-size'}")
 
 
 def machine_memory():

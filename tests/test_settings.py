@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import settings
+from data import InputError
 from settings import PROTOCOLS, Settings, parse_arguments
 from test_data import custom
 from test_evaluate import checkpoint
@@ -113,6 +114,17 @@ def test_a_step_that_the_memory_cannot_hold_is_refused_with_flags_that_fit(tmp_p
         parse_arguments(as_given), as_given)
     for many in ("--batch-size", "2", "--crop-size", "4001"), ("--small", "--crop-size", "9999"):
         assert run(*flags, *many)[2].endswith("; give a smaller --crop-size\n")
+
+
+@pytest.mark.parametrize("flags, told, remedies", [
+    ("--batch-size 16 --accumulate 3", "give a multiple of 3, or another --accumulate", ([12, 3], [16, 4])),
+    ("--supervised --batch-size 4 --accumulate 4", "one image at a time, .*; give 8", ([8, 4],))])
+def test_a_batch_that_cannot_be_split_is_refused_with_flags_that_work(flags, told, remedies):
+    with pytest.raises(InputError, match=told):
+        parse_arguments(flags.split())
+    for size, n in remedies:
+        args = parse_arguments([*flags.split(), f"--batch-size={size}", f"--accumulate={n}"])
+        assert (args.batch_size, args.accumulate) == (size, n)
 
 
 def test_small_runs_say_nothing_of_memory():
