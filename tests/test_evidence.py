@@ -27,9 +27,19 @@ TINY = ["--backbone", "resnet18", "--channels", "8", "--crop-size", "33", "--bat
         "--weights", "none", "--iters", "2"]
 
 
-def tables(*arguments, cwd=ROOT):
-    return subprocess.run([sys.executable, ROOT / "tools" / "evidence.py", *map(str, arguments)], text=True,
-                          cwd=cwd, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | HIDDEN)
+@pytest.fixture
+def tables(monkeypatch, capfd):
+    """Runs evidence.py in this process, and its runs in theirs: -> (exit code, stdout, stderr)."""
+    for name, value in {"OMP_NUM_THREADS": "1", **HIDDEN}.items():
+        monkeypatch.setenv(name, value)
+
+    def run(*arguments):
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            evidence.main([*map(str, arguments)])
+            sys.exit(0)  # --dry-run returns
+        return ended.value.code, *capfd.readouterr()
+    return run
 
 
 def voc(root):
@@ -51,6 +61,11 @@ def voc(root):
     (lists / "val.txt").write_text("".join(f"{name}\n" for name in ids[:2]))
     (lists / "train.txt").write_text("".join(f"{name}\n" for name in ids[2:1466]))
     return root
+
+
+def own(root):
+    """Flags that train on 40 photographs, which all have masks, in place of the embedded data set."""
+    return "--dataset", "custom", "--data-root", str(custom(root, images=42, masks=42))
 
 
 def test_every_cell_of_the_papers_tables_is_a_command_of_its_protocol(tmp_path, capsys, monkeypatch):
@@ -100,14 +115,15 @@ def test_accumulation_follows_from_the_memory(flags, ranks, memory, expected):
 
 
 @pytest.mark.slow
-def test_a_table_on_the_real_layout_runs_stops_and_resumes(tmp_path):
+def test_a_table_on_the_real_layout_runs_stops_and_resumes(tmp_path, monkeypatch, tables):
+    monkeypatch.chdir(tmp_path)
     wanted = ["table1 supervised resnet50 1_8", "table1 HagSeg resnet50 1_8"]
     call = ("--rows", "table1", "--only", *wanted, "--data-root", voc(tmp_path / "voc"), "--out", "runs",
             "--classes", "aeroplane", "--", *TINY)
-    first = tables(*call, cwd=tmp_path)
-    assert first.returncode == 0, first.stderr
+    code, table, said = tables(*call)
+    assert code == 0, said
     header, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]]
-                        for line in first.stdout.splitlines()]
+                        for line in table.splitlines()]
     assert header[:3] == ["row", "the paper's", "seeds"] and "aeroplane" in header
     assert [row[:3] for row in rows] == [[wanted[0], "69.0", "1"], [wanted[1], "76.5", "1"]]
     run = tmp_path / "runs" / "table1_HagSeg_resnet50_1_8-1"
@@ -122,26 +138,26 @@ def test_a_table_on_the_real_layout_runs_stops_and_resumes(tmp_path):
     before = (run / "last.pth").stat().st_mtime_ns
     other = tmp_path / "runs" / "table1_supervised_resnet50_1_8-1"
     (other / "evidence.json").unlink()
-    again = tables(*call, cwd=tmp_path)
-    assert again.returncode == 0, again.stderr
+    code, _, said = tables(*call)
+    assert code == 0, said
     assert (run / "last.pth").stat().st_mtime_ns == before and (other / "evidence.json").exists()
 
     # A printed command, pasted, finds the run finished.
-    printed = tables("--dry-run", *call, cwd=tmp_path).stdout.splitlines()
+    printed = tables("--dry-run", *call)[1].splitlines()
     pasted = subprocess.run(printed[1], shell=True, cwd=tmp_path, text=True, capture_output=True,
                             env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
     assert pasted.returncode == 0 and "mean IoU" in pasted.stdout, pasted.stderr
 
 
 @pytest.mark.slow
-def test_a_failed_cell_is_named_and_the_others_go_on(tmp_path):
-    call = ("--rows", "lambda", "--only", "lambda_u 1", "lambda_u 5", "--out", tmp_path / "runs", "--", *TINY)
+def test_a_failed_cell_is_named_and_the_others_go_on(tmp_path, tables):
+    call = ("--rows", "lambda", "--only", "lambda_u 1", "lambda_u 5", "--out", tmp_path / "runs", "--", *TINY,
+            *own(tmp_path / "mine"), "--split", "1_2")
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "lambda_u_1-1").write_text("in the way")
-    result = tables(*call)
-    assert result.returncode == 1 and "lambda_u 1, seed 1" in result.stderr and "--out" in result.stderr
-    assert "Traceback" not in result.stderr
-    assert "| lambda_u 5 |  | 1 |" in result.stdout
+    code, table, said = tables(*call)
+    assert code == 1 and "lambda_u 1, seed 1" in said and "--out" in said and "Traceback" not in said
+    assert "| lambda_u 5 |  | 1 |" in table
 
 
 def test_the_tables_hold_means_spreads_and_each_seed(tmp_path, capsys):
@@ -169,7 +185,7 @@ def test_the_tables_hold_means_spreads_and_each_seed(tmp_path, capsys):
 @pytest.mark.slow
 def test_ctrl_c_stops_the_run_and_those_behind_it_and_the_same_command_resumes(tmp_path):
     command = [sys.executable, ROOT / "tools" / "evidence.py", "--rows", "tau", "--out", tmp_path,
-               "--", *TINY[:-1], "2000"]
+               "--", *TINY[:-1], "2000", *own(tmp_path / "mine"), "--split", "1_2"]
     stopped = subprocess.Popen(command, start_new_session=True, text=True, stderr=subprocess.PIPE)
     while not (tmp_path / "tau_0.5-1" / "metrics.jsonl").exists():
         assert stopped.poll() is None
@@ -213,21 +229,22 @@ def test_it_is_counted_how_pseudo_labels_name_each_class(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_labels_are_chosen_by_the_hardness_of_predict(tmp_path):
-    result = tables("--rows", "labels", "--only", "HagSeg, hardest added", "--out", tmp_path, "--", *TINY)
-    assert result.returncode == 0, result.stderr
-    base = tmp_path / "HagSeg-1"
+def test_labels_are_chosen_by_the_hardness_of_predict(tmp_path, tables):
+    code, _, said = tables("--rows", "camvid_labels", "--only", "CamVid HagSeg, hardest added",
+                           "--out", tmp_path, "--", *TINY, *own(tmp_path / "mine"))
+    assert code == 0, said
+    base = tmp_path / "CamVid_HagSeg-1"
     lists = {name: (base / f"{name}.txt").read_text().splitlines()
              for name in ("labelled", "unlabelled", "hardest", "random", "easiest")}
     with open(base / "predictions" / "hardness.csv", newline="") as file:
         gamma = {Path(row["file"]).stem: float(row["gamma (1 = hardest)"]) for row in csv.DictReader(file)}
     assert set(gamma) == set(lists["unlabelled"])
     added = {which: set(lists[which]) - set(lists["labelled"]) for which in ("hardest", "random", "easiest")}
-    assert all(len(names) == 16 and set(lists["labelled"]) <= set(lists[which])
+    assert all(len(names) == 5 and set(lists["labelled"]) <= set(lists[which])
                for which, names in added.items())
     assert min(gamma[name] for name in added["hardest"]) >= max(
         gamma[name] for name in set(gamma) - added["hardest"])
     assert max(gamma[name] for name in added["easiest"]) <= min(
         gamma[name] for name in set(gamma) - added["easiest"])
-    run = tmp_path / "HagSeg_hardest_added-1"
+    run = tmp_path / "CamVid_HagSeg_hardest_added-1"
     assert (run / "labelled.txt").read_text().splitlines() == lists["hardest"]

@@ -706,16 +706,21 @@ def test_another_network_takes_the_place_of_the_models(tmp_path):
         tmp_path / "out" / "last.pth", weights_only=True)["teacher"]} == {"encoder", "head"}
 
 
+ALONE = {
+    "model": "model.DeepLabV3Plus(3, 'resnet18', channels=16).eval()(torch.ones(1, 3, 32, 32))",
+    "hardness": "p = torch.rand(2, 3, 4, 4).softmax(1); hardness.instance_hardness(p, p, .5)",
+    "augment": "augment.hard_easy_pairs(torch.rand(4))",
+    "shapes": "shapes.draw_shapes('train_000')",
+    "ranks": "ranks.together(print)"}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("piece, use", [
-    ("model", "import torch; "
-              "model.DeepLabV3Plus(3, 'resnet18', channels=16).eval()(torch.ones(1, 3, 32, 32))"),
-    ("hardness", "import torch; p = torch.rand(2, 3, 4, 4).softmax(1); hardness.instance_hardness(p, p, .5)"),
-    ("augment", "import torch; augment.hard_easy_pairs(torch.rand(4))"),
-    ("shapes", "shapes.draw_shapes('train_000')"),
-    ("ranks", "ranks.together(print)")])
-def test_pieces_work_alone_in_an_empty_folder(tmp_path, piece, use):
-    shutil.copy(HERE / f"{piece}.py", tmp_path)
-    result = subprocess.run([sys.executable, "-c", f"import {piece}; {use}"], cwd=tmp_path,
-                            capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""})
+def test_pieces_work_alone_in_an_empty_folder(tmp_path):
+    script = "import sys, torch"
+    for piece, use in ALONE.items():
+        (tmp_path / piece).mkdir()
+        shutil.copy(HERE / f"{piece}.py", tmp_path / piece)
+        script += f"\nsys.path[0] = {piece!r}; import {piece}; {use}; del sys.modules[{piece!r}]"
+    result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True,
+                            env=os.environ | {"PYTHONPATH": ""})
     assert result.returncode == 0, result.stderr
