@@ -316,15 +316,6 @@ def stacked(pictures, gap=4):
     return whole
 
 
-@torch.inference_mode()
-def predicted_rows(network, data, names, device, window=None, max_side=None, amp=False):
-    """Yields a row of a panel for each id: the image, its labels, and the network's class map."""
-    for image, labels, _ in loaded_images(data, names):
-        with autocast(device, amp):
-            prediction = predict(network, image.to(device), window, max_side)
-        yield image, labels, prediction
-
-
 def chosen_ids(args, data, state):
     """(ids to evaluate, which they are): those of --list; of the run's own data its validation set, even if
     other images have got masks since; of other data its validation set, or all images with a mask."""

@@ -30,7 +30,7 @@ import torch.distributed as dist
 
 from batches import training_batches
 from data import InputError, short_list
-from evaluate import evaluate, iou_table, load_checkpoint, mean_iou, panel, predicted_rows
+from evaluate import evaluate, iou_table, load_checkpoint, mean_iou, panel
 from ranks import own, rank, say, sum_over_ranks, together, world_size
 
 try:
@@ -41,11 +41,9 @@ except ImportError:  # Windows
 METRICS = ("L", "L_x", "L_u", "gamma", "gamma_std", "confident", "cutmix_fired")
 LOGS = ("metrics.jsonl", "hardness.csv", "tensorboard/events.out.tfevents.0")
 FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", None)}
-# The log on the screen: its columns, as wide as their headings, and what they mean.
-COLUMNS = ("   L_x", "   L_u", "    gamma", "confident", "CutMix fired", "    lr", "images/s", "time left")
+# The columns of the log on the screen.
 MEANING = ("L_x and L_u: losses on labelled and unlabelled images; gamma: hardness and spread, 1 = hardest;\n"
            "confident: share of pixels with a pseudo-label; CutMix fired: share of iterations; lr: decoder's")
-OF_UNLABELLED = slice(1, 5)  # the columns that --supervised lacks
 # What may differ on resuming: none of it changes what a result means. (--split is compared as lists.)
 FREE = {"accumulate", "checkpoint_every", "cuda", "data_root", "default_amp", "eval_every", "least_iters",
         "log_every", "out", "split", "workers"}
@@ -87,13 +85,16 @@ class Run:
             state = load_checkpoint(found, "another --out") if found else None
             if state:
                 self.compare(state)
+            if state and state["optimizer"] is None:  # a best.pth
+                if (found == last or state["iteration"] > state["settings"]["checkpoint_every"]
+                        or (self.folder / "result.txt").exists()):  # so there was a last.pth
+                    raise InputError(f"{last}: there is no checkpoint to resume from, as {found} holds no "
+                                     f"optimizer; put the last.pth back, or start from the best with "
+                                     f"--weights {found} and another --out")
+                state = None  # the run begins again
             for name, ids in self.lists.items():
                 text = "".join(f"{i}\n" for i in ids)
                 write_whole(self.folder / f"{name}.txt", text.encode(errors="surrogateescape"))
-            advanced = state and (state["iteration"] > state["settings"]["checkpoint_every"]
-                                  or (self.folder / "result.txt").exists())  # so there was a last.pth
-            if found == best and not advanced:
-                state = None
             if state:
                 self.args.iters = state["settings"]["iters"]
             write_whole(self.folder / "settings.json", json.dumps(vars(self.args), indent=1).encode())
@@ -104,8 +105,14 @@ class Run:
 
     def compare(self, state):
         """Refuse the checkpoint of another run; say what differs and may."""
-        changed, notes = changes(state["settings"], vars(self.args)), []
-        remedy = "give another --out"
+        old, new = state["settings"], vars(self.args)
+        same, notes, remedy = set(FREE), [], "give another --out"
+        if old.get("default_amp") and new["default_amp"]:
+            same.add("amp")
+        if new["epochs"] and new["epochs"] == old.get("epochs"):
+            same.add("iters")  # fewer images left may make fewer iterations, but the run keeps its own
+        changed = [f"{name} {old.get(name)} -> {value}" for name, value in new.items()
+                   if name not in same and (old.get(name) or None) != (value or None)]
         if list(state["classes"]) != list(self.data.classes):
             changed.append(f"its classes are {short_list(state['classes'])}")
         for name, ids in self.lists.items():
@@ -114,25 +121,22 @@ class Run:
             if not before.issuperset(ids):
                 changed.append(f"{len(set(ids) - before)} more {name} images")
                 if self.args.dataset == "custom":
-                    remedy = (f"give another --out; where images were removed, keep the lists: --split "
-                              f"{self.folder}/labelled.txt, and {self.folder}/val.txt in "
-                              f"ImageSets/Segmentation/")
+                    remedy += (f"; where images were removed, keep the lists: --split {self.folder}/"
+                               f"labelled.txt, and {self.folder}/val.txt in ImageSets/Segmentation/")
             elif gone:
-                use = "mIoU is that of" if name == "val" else "batches are drawn from"
                 notes.append(f"{len(gone)} {name} images are gone ({short_list(gone)}): from iteration "
-                             f"{state['iteration']} on, {use} the {len(ids)} that are left")
-        finished = state["iteration"] == state["settings"]["iters"]
-        if finished and all(change.startswith(("epochs ", "iters ")) for change in changed):
+                             f"{state['iteration']} on, the run uses the {len(ids)} that are left")
+        if state["iteration"] == old["iters"] and all(c.startswith(("epochs ", "iters ")) for c in changed):
             remedy = (f"it is finished; to train on from its weights, add --weights {self.folder}/last.pth "
                       f"--out {self.folder}-2")
         if changed:
             raise InputError(f"--out {self.folder}: holds a run with other settings "
                              f"({short_list(changed, 5)}); {remedy}")
-        if state["settings"]["amp"] != self.args.amp:
-            notes.append(f"resumes {'with' if self.args.amp else 'without'} bf16 autocast, the default here")
-        before, now = state["settings"]["data_root"], self.args.data_root
-        if before != now:
-            notes.append(f"--data-root was {before}, now {now}; if it has other images, give another --out")
+        if old["amp"] != new["amp"]:
+            notes.append(f"resumes {'with' if new['amp'] else 'without'} bf16 autocast, the default here")
+        if old["data_root"] != new["data_root"]:
+            notes.append(f"--data-root was {old['data_root']}, now {new['data_root']}; if it has other "
+                         f"images, give another --out")
         for note in notes:
             say(note)
 
@@ -143,12 +147,6 @@ class Run:
         if world_size() > 1:
             dist.broadcast_object_list(state)
         state, = state
-        if state and state["optimizer"] is None:
-            best, found = self.folder / "best.pth", "is gone"
-            if path.exists():
-                best, found = path, "this is a best.pth, which holds no optimizer to resume with"
-            raise InputError(f"{path}: {found}; put the last.pth back, or start from the best with --weights "
-                             f"{best} and another --out")
         try:
             if state:
                 self.student.load_state_dict(state["student"])
@@ -208,11 +206,10 @@ class Run:
         for iteration, row in zip(iterations, rows):
             bad = [name for name, value in zip(("L", "L_x", "L_u"), row) if not value.isfinite()]
             if bad:
-                x, u = self.draws.ids(iteration)
-                raise RunError(f"{' and '.join(bad)} is not finite in iteration {iteration}, with the "
-                               f"labelled images {' '.join(x)}" + (f" and the unlabelled images "
-                               f"{' '.join(u)}" if u else "") + "; the last checkpoint is untouched; "
-                               "give a lower --lr and another --out, or look at these images")
+                names = " ".join(sum(self.draws.ids(iteration), []))
+                raise RunError(f"{' and '.join(bad)} is not finite in iteration {iteration}, with the images "
+                               f"{names}; the last checkpoint is untouched; give a lower --lr and another "
+                               f"--out, or look at these images")
         self.rows = torch.cat([self.rows, rows])
         if gammas[0] is not None:
             text, path = io.StringIO(), self.folder / "hardness.csv"
@@ -240,18 +237,21 @@ class Run:
                 **{name: float(f"{v:.6g}") for name, v in values.items()},
                 "lr": lr, "images_per_second": images_per_second})
         if now - self.printed > 4 or done == self.args.iters:
-            cells = [f"{values['L_x']:.3f}", f"{values['L_u']:.3f}",
-                     f"{values['gamma']:.2f}\u00b1{values['gamma_std']:.2f}", f"{values['confident']:.0%}",
-                     f"{values['cutmix_fired']:.0%}", f"{lr:.4f}", f"{images_per_second:.1f}",
-                     str(timedelta(seconds=round((self.args.iters - done) / rate)))]
-            columns, meaning = list(COLUMNS), MEANING
-            if self.args.supervised:
-                meaning = "L_x: loss on labelled images; lr: learning rate of the decoder"
-                del cells[OF_UNLABELLED], columns[OF_UNLABELLED]
+            cells, meaning = {"L_x": f"{values['L_x']:.3f}"}, "L_x: loss on labelled images; lr: decoder's"
+            if not self.args.supervised:
+                meaning = MEANING
+                cells |= {"L_u": f"{values['L_u']:.3f}",
+                          "gamma": f"{values['gamma']:.2f}\u00b1{values['gamma_std']:.2f}",
+                          "confident": f"{values['confident']:.0%}",
+                          "CutMix fired": f"{values['cutmix_fired']:.0%}"}
+            cells |= {"lr": f"{lr:.4f}", "images/s": f"{images_per_second:.1f}",
+                      "time left": str(timedelta(seconds=round((self.args.iters - done) / rate)))}
+            widths = [max(6, len(name), len(cell)) for name, cell in cells.items()]
             if not self.printed:
-                say(f"{meaning}\n{'iteration':>{len(self.progress(done))}}  {'  '.join(columns)}")
-            row = "  ".join(f"{cell:>{len(column)}}" for cell, column in zip(cells, columns))
+                headings = "  ".join(f"{name:>{width}}" for name, width in zip(cells, widths))
+                say(f"{meaning}\n{'iteration':>{len(self.progress(done))}}  {headings}")
             self.printed = now
+            row = "  ".join(f"{cell:>{width}}" for cell, width in zip(cells.values(), widths))
             say(f"{self.progress(done)}  {row}")
 
     def progress(self, done):
@@ -292,14 +292,14 @@ class Run:
         if not all(p.isfinite().all() for p in self.student.parameters()):
             raise RunError(f"the weights are not finite after iteration {done}; {name} is untouched; "
                            f"give a lower --lr and another --out")
-        logs = {log: self.folder / log for log in LOGS}
+        logs = [log for log in LOGS if (self.folder / log).exists()]
         state = {"settings": vars(self.args), "classes": self.data.classes,
                  "palette": self.data.palette, "iteration": done, "student": self.student.state_dict(),
                  "teacher": self.teacher.state_dict(),
                  "optimizer": self.optimizer.state_dict() if name == "last.pth" else None,
                  "best": self.best, "rows": self.rows, "validation_due": self.validation_due,
                  "lists": self.lists,
-                 "log_sizes": {log: path.stat().st_size for log, path in logs.items() if path.exists()}}
+                 "log_sizes": {log: (self.folder / log).stat().st_size for log in logs}}
         buffer = io.BytesIO()
         torch.save(state, buffer)
         with writing(self.folder / name):
@@ -310,11 +310,17 @@ class Run:
         Stopped, the run is saved, and resumes with this validation."""
         finished = done == self.args.iters
         networks = {"teacher": self.teacher} | ({"student": self.student} if finished else {})
+        rows = []  # of predictions.png
+
+        def look(name, image, labels, maps):
+            if finished and len(rows) < 8:
+                rows.append((image.cpu(), labels.cpu(), maps[0].cpu()))
+
         benchmark = torch.backends.cudnn.benchmark
         torch.backends.cudnn.benchmark = False  # images of many sizes: a search for each would cost
         try:
             local = evaluate(networks.values(), self.data, self.device, self.args.window,
-                             self.args.image_size, self.args.amp, self.args.workers, self.watch.check)
+                             self.args.image_size, self.args.amp, self.args.workers, self.watch.check, look)
         except (InputError, RunError) as error:
             self.stop(error, done, validation_due=True)
         self.validation_due = False
@@ -331,20 +337,18 @@ class Run:
         together(self.write_metrics, done, record)
         say(f"{self.progress(done)}  mIoU of the teacher on val {miou:.2%}")
         if finished:
-            together(self.write_result, confusions)
+            together(self.write_result, confusions, rows)
         torch.backends.cudnn.benchmark = benchmark
         self.clock = time.time(), done
 
-    def write_result(self, confusions):
-        """result.txt, the table of classes; predictions.png, the first images of val (Fig. 3b)."""
+    def write_result(self, confusions, rows):
+        """result.txt, the table of classes; predictions.png, some images of val (Fig. 3b)."""
         if rank() != 0:
             return
         text = (f"{iou_table(self.data.classes, confusions)}\nThe result is the last iteration's. The "
                 f"teacher's best on val was {self.best['miou']:.2%}, after {self.best['iteration']}.\n")
         if len(self.data.val) < 10:
             text += f"It is noisy: there are only {len(self.data.val)} validation images.\n"
-        rows = predicted_rows(self.teacher, self.data, self.data.val[:8], self.device, self.args.window,
-                              self.args.image_size, self.args.amp)
         picture = panel(rows, ("image", "ground truth", "prediction"), self.data.classes, self.data.palette)
         with writing(self.folder):
             write_whole(self.folder / "result.txt", text.encode())
@@ -356,7 +360,7 @@ class Run:
             return
         result, folder = self.folder / "result.txt", self.folder
         say(result.read_text("utf-8").rstrip() if result.exists() else f"finished; {result} has been removed")
-        say(f"The first images of val: {folder / 'predictions.png'}")
+        say(f"Images of val: {folder / 'predictions.png'}")
         if self.args.dataset != "shapes":
             say(f"Masks of photographs: {shlex.join(['python', 'predict.py', f'{folder}/last.pth'])} PATH...")
         if folder.name.endswith("-hagseg"):
@@ -378,44 +382,39 @@ class Run:
         return sum(shares) / len(shares) if shares and not self.args.supervised else 1.0
 
 
-def stop_signals():
-    """The signals that ask a run to stop, but for those that are ignored, as nohup ignores SIGHUP."""
-    if threading.current_thread() is not threading.main_thread():
-        return []  # only there can signals be handled
-    known = (getattr(signal, name, None) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"))
-    return [s for s in known if s and signal.getsignal(s) not in (signal.SIG_IGN, None)]
-
-
 class StopWatch:
     """Learns, while it is entered, that the run is to stop: by a signal, or by the end of torchrun.
 
-    A thread listens, as Python's signal handlers wait while the main thread is in C, which waits for a device
-    or another rank. The main thread then saves the run at its next check. If it does not come to it, but
-    waits for PATIENCE seconds without computing or saving anything, the thread ends the process.
+    The main thread saves the run at its next check. While it waits in C for a disk, a device or another rank,
+    Python runs no signal handler; so a thread watches. Once the run is to stop, and the main thread has
+    neither computed nor saved anything for PATIENCE seconds, that thread ends the process.
     """
     PATIENCE = 7
 
     def __init__(self):
         self.reason, self.parent, self.handlers, self.advanced = None, os.getppid(), {}, 0.0
+        self.thread = threading.Thread(target=self.listen, daemon=True)
 
     def __enter__(self):
-        for signum in stop_signals():
-            self.handlers[signum] = signal.signal(signum, lambda *_: self.ask("stopped by a signal"))
         self.advance()
         self.ear, self.mouth = socket.socketpair()
         self.ear.settimeout(1)
         self.mouth.setblocking(False)
-        if self.handlers:
-            signal.set_wakeup_fd(self.mouth.fileno())  # where Python writes the number of each signal
-        threading.Thread(target=self.listen, daemon=True).start()
+        signal.set_wakeup_fd(self.mouth.fileno())  # where Python writes the number of each signal, at once
+        for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"):  # Windows lacks two
+            signum = getattr(signal, name, None)
+            if signum and signal.getsignal(signum) not in (signal.SIG_IGN, None):  # nohup's SIGHUP
+                self.handlers[signum] = signal.signal(signum, lambda *_: self.ask("stopped by a signal"))
+        self.thread.start()
         return self
 
     def __exit__(self, *_):
-        if self.handlers:
-            signal.set_wakeup_fd(-1)
+        signal.set_wakeup_fd(-1)
         for signum, handler in self.handlers.items():
             signal.signal(signum, handler)
         self.mouth.close()  # which ends the thread
+        self.thread.join()
+        self.ear.close()
 
     def ask(self, reason):
         self.reason = self.reason or reason
@@ -433,10 +432,6 @@ class StopWatch:
     def listen(self):
         heard = None
         while heard != b"":
-            with suppress(TimeoutError):
-                heard = self.ear.recv(64)
-                if self.handlers.keys() & set(heard):
-                    self.ask("stopped by a signal")
             if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.parent:
                 self.ask("stopped, as torchrun is gone")
             # A wait for a GPU takes CPU time, too; but there no step is as long as PATIENCE.
@@ -448,7 +443,10 @@ class StopWatch:
                 print(f"train.py: {self.reason} while it waited for a disk, a device or another rank; the "
                       f"same command resumes from the last checkpoint", file=sys.stderr, flush=True)
                 os._exit(1)
-        self.ear.close()
+            with suppress(TimeoutError):
+                heard = self.ear.recv(64)
+                if self.handlers.keys() & set(heard):
+                    self.ask("stopped by a signal")
 
 
 def lock(folder):
@@ -492,17 +490,6 @@ def write_whole(path, content, advance=lambda: None):
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
-
-
-def changes(old, new):
-    """What of a run's settings may not differ on resuming, but does: `name old -> new`, ..."""
-    same = set(FREE)
-    if old.get("default_amp") and new["default_amp"]:
-        same.add("amp")
-    if new["epochs"] and new["epochs"] == old.get("epochs"):
-        same.add("iters")  # fewer images left may make fewer iterations, but the run keeps its own
-    return [f"{name} {old.get(name)} -> {value}" for name, value in new.items()
-            if name not in same and (old.get(name) or None) != (value or None)]
 
 
 def scalar_event(values, step):

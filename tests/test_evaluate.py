@@ -444,8 +444,11 @@ def test_checkpoints_that_are_none(tmp_path):
 def test_panels_of_the_embedded_data_set_show_its_truth():
     data = Shapes()
     truth = data.mask("val_000")
-    names, colours = ["val_000"], colourize(np.array(truth), data.palette).convert("RGB")
-    row, = evaluate.predicted_rows(Classes(), data, names, torch.device("cpu"))
+    data.val, rows = ["val_000"], []
+    colours = colourize(np.array(truth), data.palette).convert("RGB")
+    evaluate.evaluate([Classes()], data, torch.device("cpu"),
+                      look=lambda name, image, labels, maps: rows.append((image, labels, *maps)))
+    row, = rows
     assert row[1].equal(picture_to_tensor(truth)) and row[2].shape == (32, 32)
     picture = panel([row], ["image", "ground truth", "prediction"], data.classes, data.palette)
     assert (np.array(picture)[24:24 + 192:6, 196:196 + 192:6] == np.array(colours)).all()  # 6 times as large

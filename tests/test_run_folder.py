@@ -25,6 +25,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
+import compare
 import data
 import evaluate
 import run_folder as run_module
@@ -386,18 +387,19 @@ def test_a_signal_ends_a_run_that_waits_for_another_rank(tmp_path):
 def test_a_run_that_was_asked_to_stop_may_take_its_time_to_save(monkeypatch):
     ended = []
     monkeypatch.setattr(os, "_exit", ended.append)
-    monkeypatch.setattr(run_module.StopWatch, "PATIENCE", 2)
+    monkeypatch.setattr(run_module.StopWatch, "PATIENCE", 1.2)
     with run_module.StopWatch() as watch:
         watch.ask("stopped by a test")
-        for _ in range(6):
+        for _ in range(5):
             time.sleep(0.5)
             watch.advance()  # as it writes
-        until = time.process_time() + 3
+        until = time.process_time() + 2.5
         while time.process_time() < until:  # and computes
             pass
         assert not ended
-        time.sleep(5)
+        time.sleep(3.5)
         assert ended
+    assert not watch.thread.is_alive()
 
 
 def wait_for(file, processes):
@@ -619,7 +621,7 @@ def test_a_loss_that_is_not_finite_saves_nothing_and_its_remedies_work(tmp_path,
     flags, out = [*EIGHT, "--lr", "1e30", "--out"], tmp_path / "out"
     code, _, err = run(*flags, out)
     assert code == 1 and len(err.splitlines()) == 1 and not (out / "last.pth").exists()
-    assert re.search(r"L_x.* is not finite in iteration \d+, with the labelled images train_\d+", err)
+    assert re.search(r"L_x.* is not finite in iteration \d+, with the images train_\d+", err)
     assert "give a lower --lr and another --out" in err
     assert run(*flags, tmp_path / "another", "--lr", "0.01")[0] == 0
     # A folder without a checkpoint takes other settings, and nothing of the old ones stays.
@@ -651,9 +653,9 @@ def test_a_photograph_that_can_only_be_removed_does_not_cost_the_run(tmp_path, s
     (root / "ImageSets/Segmentation/val.txt").write_text("im6\n")
     code, said, err = run(*flags)
     assert code == 0, err
-    assert ("5 unlabelled images are gone (im10, im11, im12 and 2 more): from iteration 6 on, batches are "
-            "drawn from the 11 that are left") in said
-    assert "1 val images are gone (im7): from iteration 6 on, mIoU is that of the 1 that are left" in said
+    assert ("5 unlabelled images are gone (im10, im11, im12 and 2 more): from iteration 6 on, the run "
+            "uses the 11 that are left") in said
+    assert "1 val images are gone (im7): from iteration 6 on, the run uses the 1 that are left" in said
     assert lines(out)[-1]["iteration"] == 16  # as long a run as before
     drawn = [row.split(",")[:2] for row in (out / "hardness.csv").read_text().splitlines()[1:]]
     kept = {f"im{i}" for i in (8, *range(14, 24))}
@@ -691,7 +693,8 @@ def test_another_data_root_is_said(tmp_path, small):
         run(*flags, moved)[1])
 
 
-def test_a_hardness_log_without_a_header_as_runs_had_it_is_resumed(whole, small, tmp_path):
+def test_a_hardness_log_without_a_header_as_runs_had_it_is_resumed(whole, small, tmp_path, monkeypatch,
+                                                                   capsys):
     out, header = tmp_path / "out", "iteration,id,gamma (1 = hardest)\n"
     run_until(3, *EIGHT, "--out", out)
     text = (out / "hardness.csv").read_text()
@@ -704,11 +707,13 @@ def test_a_hardness_log_without_a_header_as_runs_had_it_is_resumed(whole, small,
     after = (whole / "hardness.csv").read_text()
     assert (out / "hardness.csv").read_text() == after.removeprefix(header)
 
-    compare = [sys.executable, HERE / "tools" / "compare.py", whole, out]
-    assert subprocess.run(compare).returncode == 0  # the header is no difference
-    (out / "hardness.csv").write_text(after[:-2] + "x\n")
-    result = subprocess.run(compare, capture_output=True, text=True)
-    assert result.returncode == 1 and result.stdout.splitlines() == ["differs: hardness.csv"]
+    monkeypatch.setattr(sys, "argv", ["compare.py", str(whole), str(out)])
+    for text, code, said in ((None, 0, "equal: "), (after[:-2] + "x\n", 1, "differs: hardness.csv\n")):
+        if text:
+            (out / "hardness.csv").write_text(text)
+        with pytest.raises(SystemExit) as end:
+            compare.main()  # the header is no difference
+        assert end.value.code == code and capsys.readouterr().out.startswith(said)
 
 
 def test_best_pth_in_place_of_last_pth_gets_a_line_of_its_own(whole, small, tmp_path):
@@ -717,7 +722,8 @@ def test_best_pth_in_place_of_last_pth_gets_a_line_of_its_own(whole, small, tmp_
     shutil.copy(out / "best.pth", out / "last.pth")
     code, _, err = run(*EIGHT, "--out", out)
     assert code == 2 and len(err.splitlines()) == 1
-    assert "last.pth: this is a best.pth" in err and f"--weights {out / 'last.pth'} and another --out" in err
+    assert "last.pth: there is no checkpoint to resume from" in err
+    assert f"start from the best with --weights {out / 'last.pth'} and another --out" in err
     shutil.copy(whole / "last.pth", out / "last.pth")
     assert run(*EIGHT, "--out", out)[0] == 0
 
