@@ -265,11 +265,12 @@ def panel(rows, headings, classes, palette):
     for image, *maps in rows:
         pictures.append(to_pictures(image, maps, palette))
         present.update(*(labels.unique().tolist() for labels in maps))
-    columns = [stacked([caption(heading), *column]) for heading, column in zip(headings, zip(*pictures))]
+    columns = [joined([caption(heading), *column], down=True)
+               for heading, column in zip(headings, zip(*pictures))]
     legend = [caption(class_caption(classes, c), tuple(palette[c])) for c in sorted(present - {IGNORE})]
     if IGNORE in present:
         legend.append(caption("ignored", "white"))
-    return with_legend(side_by_side(columns), legend)
+    return with_legend(joined(columns), legend)
 
 
 def with_legend(picture, legend):
@@ -279,7 +280,7 @@ def with_legend(picture, legend):
         if sum(e.width for e in (*lines[-1], entry)) > picture.width:
             lines.append([])
         lines[-1].append(entry)
-    return stacked([picture, *(side_by_side(line, 0) for line in lines)])
+    return joined([picture, *(joined(line, gap=0) for line in lines)], down=True)
 
 
 def class_caption(classes, c):
@@ -298,21 +299,16 @@ def caption(text, colour=None):
     return picture
 
 
-def side_by_side(pictures, gap=4):
-    size = sum(p.width + gap for p in pictures) - gap, max(p.height for p in pictures)
-    whole, left = Image.new("RGB", size, "white"), 0
-    for picture in pictures:
-        whole.paste(picture, (left, 0))
-        left += picture.width + gap
-    return whole
-
-
-def stacked(pictures, gap=4):
-    size = max(p.width for p in pictures), sum(p.height + gap for p in pictures) - gap
-    whole, top = Image.new("RGB", size, "white"), 0
-    for picture in pictures:
-        whole.paste(picture, (0, top))
-        top += picture.height + gap
+def joined(pictures, down=False, gap=4):
+    """Pillow images side by side, or one below the other, on white."""
+    places, x, y = [], 0, 0
+    for p in pictures:
+        places.append((x, y))
+        x, y = (x, y + p.height + gap) if down else (x + p.width + gap, y)
+    whole = Image.new("RGB", (max(x - gap, *(p.width for p in pictures)),
+                              max(y - gap, *(p.height for p in pictures))), "white")
+    for picture, place in zip(pictures, places):
+        whole.paste(picture, place)
     return whole
 
 
@@ -400,26 +396,21 @@ def results_into(folder, flag):
 def main(argv=None):
     """Exit code 2 for input that cannot be used."""
     parser = argparse.ArgumentParser(description="Evaluate a checkpoint of train.py.")
-    parser.add_argument("checkpoint", type=Path,
-        help="last.pth or best.pth in a run's folder")
-    parser.add_argument("--data-root",
-        help="where the data set is, if not where training found it")
+    parser.add_argument("checkpoint", type=Path, help="last.pth or best.pth in a run's folder")
+    parser.add_argument("--data-root", help="where the data set is, if not where training found it")
     parser.add_argument("--list", type=Path, metavar="FILE",
         help="ids to evaluate on instead of the validation set, in any form that --split takes: a test set")
-    parser.add_argument("--student", action="store_true",
-        help="the student instead of the teacher")
+    parser.add_argument("--student", action="store_true", help="the student instead of the teacher")
     parser.add_argument("--pictures", type=Path, metavar="DIR",
         help="write a panel of each image, ID.png: image | ground truth | prediction")
     parser.add_argument("--beside", type=Path, metavar="CHECKPOINT",
         help="another checkpoint, such as a baseline's: its predictions and IoU stand left of the first's")
-    parser.add_argument("--workers", type=int, default=0,
-        help="loader threads")
+    parser.add_argument("--workers", type=int, default=0, help="loader threads")
     args = parser.parse_args(argv)
     device = join()
 
     def write_panel(name, image, labels, maps):
         with results_into(args.pictures, "--pictures"):
-            args.pictures.mkdir(parents=True, exist_ok=True)
             picture = panel([(image, labels, *maps)], headings, data.classes, data.palette)
             path = args.pictures / f"{name}.png"
             path.parent.mkdir(parents=True, exist_ok=True)  # an id may hold a folder

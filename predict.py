@@ -102,12 +102,14 @@ def predict_files(model, state, paths, folder, device, pair=None):
             raise InputError(f"--out {folder}: its {table.name} is not of predict.py; give another --out")
     folder.mkdir(parents=True, exist_ok=True)
     classes, palette = state["classes"], state["palette"]
-    sources, written = {file.resolve() for file in photographs}, {}
+    taken = {file.resolve() for file in photographs}  # no result may overwrite these
     areas, hardness = [], []
     for file in progress(photographs, "photographs"):
         mask, picture = folder / f"{file.stem}.png", folder / f"{file.stem}_overlay.png"
         try:
-            demand_free(mask, picture, file, sources, written)
+            if taken & {mask.resolve(), picture.resolve()} or mask.exists() and not picture.exists():
+                raise InputError(f"{file}: its results would overwrite {mask} or {picture}; predict it by "
+                                 f"itself, with another --out")
             image = decoded(open_photograph(file), file)
         except InputError as error:
             print(f"predict.py: {error}", file=sys.stderr)
@@ -118,9 +120,9 @@ def predict_files(model, state, paths, folder, device, pair=None):
                 hardness.append((str(file), *photograph_hardness(*pair, image.to(device), state)))
         shares = (labels.flatten().bincount(minlength=len(classes)) / labels.numel()).tolist()
         areas.append((str(file), *shares))
-        overlay(image, labels, shares, classes, palette).save(picture)  # first: see demand_free
+        overlay(image, labels, shares, classes, palette).save(picture)  # first: a mask without it is not ours
         colourize(labels, palette).save(mask)
-        written |= {mask.resolve(): file, picture.resolve(): file}
+        taken |= {mask.resolve(), picture.resolve()}
     write_table(folder / "areas.csv", ("file", *classes), areas)
     skipped = len(photographs) - len(areas)
     print(f"{len(areas)} photographs predicted, {skipped} skipped; written to {folder}:")
@@ -130,19 +132,6 @@ def predict_files(model, state, paths, folder, device, pair=None):
         write_table(folder / "hardness.csv", ("file", GAMMA, "rho_student", "rho_teacher"), hardness)
         print_hardest(hardness, state.get("lists", {}))
     return skipped
-
-
-def demand_free(mask, picture, file, sources, written):
-    """Raise InputError if the mask and the picture of a photograph would overwrite anything but their
-    earlier selves: one of the photographs `sources`, what was `written` for others, or a foreign mask."""
-    for target in (mask.resolve(), picture.resolve()):
-        if target in sources:
-            raise InputError(f"{file}: its result would overwrite a photograph; give another --out")
-        if target in written:
-            raise InputError(f"{file}: its result would overwrite that of {written[target]}; predict it by "
-                             f"itself, with another --out")
-    if mask.exists() and not picture.exists():  # a mask that is no earlier result
-        raise InputError(f"{file}: its result would overwrite {mask}; give another --out")
 
 
 def list_results(results):
@@ -178,14 +167,11 @@ def main(argv=None):
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="written to --out, for a photograph STEM.jpg:\n"
                f"{list_results(RESULTS)}\nand with --hardness:\n{list_results(RANKING)}")
-    parser.add_argument("checkpoint", type=Path,
-        help="last.pth or best.pth in a run's folder")
-    parser.add_argument("paths", type=Path, nargs="+", metavar="PATH",
-        help="photographs, or folders of them")
+    parser.add_argument("checkpoint", type=Path, help="last.pth or best.pth in a run's folder")
+    parser.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="photographs, or folders of them")
     parser.add_argument("--out", type=Path, default=Path("predictions"),
         help="folder of the results (default: predictions)")
-    parser.add_argument("--student", action="store_true",
-        help="the student instead of the teacher")
+    parser.add_argument("--student", action="store_true", help="the student instead of the teacher")
     parser.add_argument("--hardness", action="store_true",
         help="rank the photographs by their hardness (Eq. 7), to label the hardest next: those where student "
              "and teacher are far from a confident agreement")

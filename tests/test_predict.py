@@ -121,10 +121,11 @@ def test_predict_files_never_overwrites_a_photograph_or_another_result(tmp_path,
     before = one.read_bytes()
     assert predict_files(Brightness(), STATE, [one], tmp_path, device) == 1
     assert one.read_bytes() == before
-    assert "x.png: its result would overwrite a photograph; give another --out" in capsys.readouterr().err
+    remedy = "x_overlay.png; predict it by itself, with another --out"
+    assert re.search(f"x.png: its results would overwrite .*{remedy}", capsys.readouterr().err)
+    assert predict_files(Brightness(), STATE, [one], tmp_path / "alone", device) == 0
     assert predict_files(Brightness(), STATE, [one, two], tmp_path / "out", device) == 1
-    assert f"{two}: its result would overwrite that of {one}; predict it by itself, with another --out" in (
-        capsys.readouterr().err)
+    assert f"{two}: its results would overwrite {tmp_path / 'out' / 'x.png'} or " in capsys.readouterr().err
     assert predict_files(Brightness(), STATE, [two], tmp_path / "other", device) == 0
     for folder, label in (("out", 0), ("other", 1)):
         assert (np.array(Image.open(tmp_path / folder / "x.png")) == label).all()
@@ -134,7 +135,7 @@ def test_predict_files_never_overwrites_a_photograph_or_another_result(tmp_path,
     before = (tmp_path / "out" / "x.png").read_bytes()
     assert predict_files(Brightness(), STATE, [two], tmp_path / "out", device) == 1
     assert (tmp_path / "out" / "x.png").read_bytes() == before
-    assert f"would overwrite {tmp_path / 'out' / 'x.png'}; give another --out" in capsys.readouterr().err
+    assert f"would overwrite {tmp_path / 'out' / 'x.png'} or " in capsys.readouterr().err
 
 
 def test_hidden_files_and_folders_are_left_out_and_no_file_is_taken_twice(tmp_path, capsys):
