@@ -42,6 +42,7 @@ METRICS = ("L", "L_x", "L_u", "gamma", "gamma_std", "confident", "cutmix_fired")
 LOGS = ("metrics.jsonl", "hardness.csv", "tensorboard/events.out.tfevents.0")
 FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", None)}
 # The columns of the log on the screen.
+MEANING_SUPERVISED = "L_x: loss on labelled images; lr: learning rate of the decoder"
 MEANING = ("L_x and L_u: losses on labelled and unlabelled images; gamma: hardness and spread, 1 = hardest;\n"
            "confident: share of pixels with a pseudo-label; CutMix fired: share of iterations; lr: decoder's")
 # What may differ on resuming: none of it changes what a result means. (--split is compared as lists.)
@@ -237,9 +238,8 @@ class Run:
                 **{name: float(f"{v:.6g}") for name, v in values.items()},
                 "lr": lr, "images_per_second": images_per_second})
         if now - self.printed > 4 or done == self.args.iters:
-            cells, meaning = {"L_x": f"{values['L_x']:.3f}"}, "L_x: loss on labelled images; lr: decoder's"
+            cells = {"iteration": self.progress(done), "L_x": f"{values['L_x']:.3f}"}
             if not self.args.supervised:
-                meaning = MEANING
                 cells |= {"L_u": f"{values['L_u']:.3f}",
                           "gamma": f"{values['gamma']:.2f}\u00b1{values['gamma_std']:.2f}",
                           "confident": f"{values['confident']:.0%}",
@@ -247,12 +247,11 @@ class Run:
             cells |= {"lr": f"{lr:.4f}", "images/s": f"{images_per_second:.1f}",
                       "time left": str(timedelta(seconds=round((self.args.iters - done) / rate)))}
             widths = [max(6, len(name), len(cell)) for name, cell in cells.items()]
+            line = lambda texts: "  ".join(text.rjust(width) for text, width in zip(texts, widths))
             if not self.printed:
-                headings = "  ".join(f"{name:>{width}}" for name, width in zip(cells, widths))
-                say(f"{meaning}\n{'iteration':>{len(self.progress(done))}}  {headings}")
+                say(f"{MEANING_SUPERVISED if self.args.supervised else MEANING}\n{line(cells)}")
             self.printed = now
-            row = "  ".join(f"{cell:>{width}}" for cell, width in zip(cells.values(), widths))
-            say(f"{self.progress(done)}  {row}")
+            say(line(cells.values()))
 
     def progress(self, done):
         return f"{done}/{self.args.iters}".rjust(max(len("iteration"), 2 * len(str(self.args.iters)) + 1))
