@@ -380,7 +380,7 @@ def test_a_signal_ends_a_run_that_waits_for_another_rank(tmp_path):
     assert exit_codes([waiting], limit) == [1]
     assert "stopped by a signal while it waited for a disk, a device or another rank" in log.read_text()
     os.kill(stopped.pid, signal.SIGCONT)
-    os.kill(stopped.pid, signal.SIGTERM)  # as torchrun does; gloo does not always tell it that the other is gone
+    os.kill(stopped.pid, signal.SIGTERM)  # as torchrun does; gloo may not say that the other is gone
     assert exit_codes([stopped], limit) == [1]
 
 
