@@ -2,7 +2,6 @@
 
 import os
 import re
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -34,6 +33,7 @@ MASK_FOLDER = re.compile(r"(?:.*[-_ ]|train|val|test)?(?:masks?|labels?|gts?|seg
                          r"ground.?truths?)(?:[-_ ].*|tr|ts|ids|\d*)", re.I)
 MASK_ENDING = re.compile(r"(?:[-_. ]*(?:masks?|labels?\w*|gt\w*|seg\w*|annot\w*|ground.?truth|colou?red|png|"
                          r"jpe?g)|[-_. ](?-i:P))+$", re.I)
+MERGE = "(first merge those of one image, if each is of one class: see docs/own-photographs.md)"
 IMAGE_ENDING = re.compile(r"(?:[-_. ]*(?:img|images?|photo|rgb|sat|leftImg8bit)|_0000)+$", re.I)
 
 
@@ -57,25 +57,24 @@ def check_data(data, labelled, unlabelled, supervised=False):
     for part, names, needed in (("labelled", labelled, 2), ("validation", data.val, 1)):
         if not found.problems:
             check_classes(data, part, names, needed, found)
-    of_masks, of_photographs = unused(data, found.pixels) if data.folders else ([], [])
-    lacks, lines = None, of_photographs + of_masks
+    lacks, lines = None, unused(data, found) if data.folders else []
     if not data.images:
         lacks = f"{data.folders[0] if data.folders else data.root}: no photographs in it; put them there"
     elif not labelled:
-        lacks, lines = "no labelled image is left to train on; add masks", of_masks + of_photographs
+        lacks = f"no labelled image is left beside the {len(data.val)} of validation; add masks"
         if data.folders:
             lacks += f", index PNGs of class ids, in {data.folders[1]}/, each with the stem of its image"
-        if len(data.masks) == len(data.val) == 1:
-            lacks = (f"{data.val[0]} alone has a mask, and two are needed, since one is kept for validation; "
-                     f"add the mask of another")
     elif not data.val:
         lacks = "no validation image; list some, with masks, in ImageSets/Segmentation/val.txt"
     elif not unlabelled and not supervised:
         lacks = (f"no unlabelled image is left; add images without masks, train with --supervised, or leave "
                  f"the masks of half of them out: {data.command('train.py', '--split', '1_2')}")
-    found.problems += [*lines, lacks] if lacks else []
-    notes = data.notes + found.notes + ([] if lacks else lines)
-    found.notes = [note.encode(errors="backslashreplace").decode() for note in notes]  # for any terminal
+    if lacks:
+        found.problems += [*lines, lacks]
+    else:
+        found.notes += lines
+    found.notes = [note.encode(errors="backslashreplace").decode()  # for any terminal
+                   for note in data.notes + found.notes]
     return found
 
 
@@ -83,14 +82,13 @@ def check_files(data, masked, unmasked=()):
     """Reads the headers and ends of images, and the masks of those in `masked`. Returns Findings."""
     found, lines, palettes, with_mask = Findings(), {}, {}, {*masked}
     everything = sorted({*masked, *unmasked})
-    absent = [name for name in everything if name not in data.images]
-    bare = [name for name in masked if name not in data.masks]
-    if absent:
-        found.problems.append(f"{len(absent)} listed images are missing: {short_list(absent)}; complete the "
-                              f"data set or fix the list")
-    if bare:
-        found.problems.append(f"{len(bare)} images of the labelled or validation list have no mask: "
-                              f"{short_list(bare)}; add their masks or take them off the list")
+    for lacking, what, remedy in (
+            ([name for name in everything if name not in data.images], "listed images are missing",
+             "complete the data set or fix the list"),
+            ([name for name in masked if name not in data.masks], "images of the labelled or validation list "
+             "have no mask", "add their masks or take them off the list")):
+        if lacking:
+            found.problems.append(f"{len(lacking)} {what}: {short_list(lacking)}; {remedy}")
 
     def look(name):
         said, side, pixels, palette = None, 0, None, None
@@ -176,12 +174,9 @@ def check_ids(data, found):
     elif not any(counts[0] for counts in found.pixels.values()):
         remedy = (f"no mask holds 0, and ids count from 0: if the names are those of the ids from 1 on, "
                   f"write one for 0 as the first line of {names_file}; else {colours}")
-    elif [*ids] == [C]:
-        remedy = (f"if {names_file} lacks a name, add it: the first line is the name of id 0, the next of "
-                  f"id 1, and so on; if {C} is what nobody annotated, {colours}")
     else:
-        remedy = (f"if these are class ids, write a name for each id, from 0, into {names_file}; if they are "
-                  f"grey levels or colours, {colours}")
+        remedy = (f"if {names_file} lacks names, add them: the first line is the name of id 0, the next of "
+                  f"id 1, and so on; if these are grey levels, colours or what nobody annotated, {colours}")
     more = f" (and {len(files) - 1} more)" if len(files) > 1 else ""
     found.problems.append(f"{files[0]}{more}: holds the ids {short_list(ids)}, but there are {C} classes "
                           f"(0 to {C - 1}); {remedy}")
@@ -200,73 +195,53 @@ def check_palettes(data, palettes, found):
                 return
 
 
-def unused(data, pixels):
-    """What lies in an own folder and is not used, or not as it seems to be meant: lines about masks, and
-    lines about photographs, each with an example, a count, and what to do."""
+def unused(data, found):
+    """What lies in an own folder and is not used, or not as it seems to be meant: a line for each kind, with
+    an example, a count, and what to do."""
+    masks, pixels, lines = data.folders[1], found.pixels, []
     owners = {IMAGE_ENDING.sub("", tails(name)[-1]).lower(): tails(name)[-1]
               for name in sorted(data.images, key=len, reverse=True)}
 
-    def owner(stem):  # the stem of the image whose mask a file of this stem seems to be; None, if its own
-        image = owners.get(MASK_ENDING.sub("", stem).lower())
-        return None if image == stem else image
+    def owner(path):  # the stem of the image whose mask a file seems to be by its name; None, if its own
+        image = owners.get(MASK_ENDING.sub("", path.stem).lower())
+        return None if image == path.stem else image
 
-    def beginning(path):  # the stem of the image with which a name, or its folder's, begins, or None
-        stem = path.stem.lower()
-        starts = [path.parent.name.lower(), *(stem[:cut.start()] for cut in re.finditer("[-_. ]", stem))]
-        return next((owners[start] for start in starts[::-1] if start in owners), None)
-
-    of_masks, of_photographs = misused(data, pixels, owner, beginning)
-    for lines, more in zip((of_masks, of_photographs), unread(data, owner)):
-        lines += more
-    return of_masks[:4], of_photographs[:4]
-
-
-def misused(data, pixels, owner, beginning):
-    """unused(): files that are read, or listed, otherwise than they seem to be meant."""
-    of_masks, of_photographs = [], []
-
-    def say(lines, files, text):
+    def say(files, text):
         if files:
             lines.append(f"{files[0]}: {len(files)} {text}")
 
-    copies = sorted((path for path in data.images.values() if owner(path.stem) or looks_like_mask(path)),
-                    key=lambda path: (not owner(path.stem), path))
-    meant = owner(copies[0].stem) if copies else None
-    place = f"into {data.folders[1]}/" + (f", this one as {meant}.png, and so on" if meant else "")
+    def named_first(paths):
+        return sorted(paths, key=lambda path: (not owner(path), path))
+
+    copies = named_first(path for path in data.images.values() if owner(path) or looks_like_mask(path))
+    meant = owner(copies[0]) if copies else None
+    place = f"into {masks}/" + (f", this one as {meant}.png, and so on" if meant else "")
     if copies and {meant, copies[0].stem} & data.masks.keys():
         place = "elsewhere"
-    say(of_masks, copies, "files like this one look like masks, and are read as photographs; move them "
-        + place)
-    strays = sorted((data.masks[name] for name in data.masks.keys() - data.images.keys()),
-                    key=lambda path: (not owner(path.stem), path))
-    starts = Counter((path.parent, beginning(path)) for path in strays)
-    several = [path for path in strays if (start := beginning(path)) and starts[path.parent, start] > 1]
-    say(of_masks, several, "masks like this one are one of several of an image, which has one mask, of its "
-        "own stem; if each is of one class, merge them (see docs/own-photographs.md); else keep one and "
-        "rename it")
-    strays = sorted({*strays} - {*several}, key=strays.index)
-    meant = owner(strays[0].stem) or beginning(strays[0]) if strays else None
+    say(copies, f"files like this one look like masks, and are read as photographs; move them {place}")
+    strays = named_first(data.masks[name] for name in data.masks.keys() - data.images.keys())
+    meant = owner(strays[0]) if strays else None
     rename = f": call this one {meant}.png, and so on" if meant and meant not in data.masks else ""
-    say(of_masks, strays, "masks like this one have no image of their name; a mask needs the stem of its "
-        f"image, and its folder, if several images have that stem{rename}")
+    say(strays, f"masks like this one have no image of their name; a mask needs the stem of its image, and "
+                f"its folder, if several images have that stem{rename} {MERGE}")
+    unread(data, owner, lines)
     one_class = [name for name in pixels if len({*np.flatnonzero(pixels[name])} - {IGNORE}) == 1]
-    say(of_photographs, [data.masks[name] for name in one_class if pixels[name][IGNORE]], "masks like this "
-        f"one hold one class alone, beside {IGNORE}, which is ignored; if {IGNORE} is a class in them, "
-        f"export them again, with its id")
-    say(of_photographs, [data.masks[name] for name in one_class if not pixels[name][IGNORE]], "masks like "
-        "this one hold one class alone; if nobody annotated these, move them elsewhere: their images are "
-        "unlabelled then")
-    say(of_photographs, [data.images[name] for name in data.bare], "photographs in val/ have no mask, and "
-        "are not used; add their masks, or move them to the training images")
-    unlisted = data.images.keys() - {*data.train, *data.val, *data.test, *data.bare}
-    say(of_photographs, sorted(data.images[name] for name in unlisted), "photographs like this one are on no "
-        "list in ImageSets/Segmentation; to train on them, add them to its train.txt")
-    say(of_photographs, [data.images[name] for name in data.test], "photographs in test/ are not trained on; "
-        "evaluate.py takes a --list of them")
-    twins = twins_of(data)
-    say(of_photographs, [*twins], "validation images like this one are training images under another name, "
-        f"here {short_list(twins.values(), 1)}; mIoU counts what was learnt by heart: keep one copy of each")
-    return of_masks, of_photographs
+    say([data.masks[name] for name in one_class if pixels[name][IGNORE]],
+        f"masks like this one hold one class alone, beside {IGNORE}, which is ignored; if {IGNORE} is a "
+        f"class in them, export them again, with its id")
+    say([data.masks[name] for name in one_class if not pixels[name][IGNORE]],
+        "masks like this one hold one class alone; if nobody annotated these, move them elsewhere: their "
+        "images are unlabelled then")
+    unlisted = data.images.keys() - {*data.train, *data.val, *data.test}
+    say(sorted(data.images[name] for name in unlisted),
+        "photographs like this one are on no list in ImageSets/Segmentation, or in val/ without a mask, and "
+        "not used; to train on them, add them to train.txt, if it is there, or move them out of val/")
+    say([data.images[name] for name in data.test],
+        "photographs in test/ are not trained on; evaluate.py takes a --list of them")
+    twins = {} if found.problems else twins_of(data)
+    say([*twins], f"validation images like this one are training images under another name, here "
+        f"{short_list(twins.values(), 1)}; mIoU counts what was learnt by heart: keep one copy of each")
+    return lines[:6]
 
 
 def twins_of(data):
@@ -276,18 +251,16 @@ def twins_of(data):
             file.seek(path.stat().st_size // 2)
             return hash(file.read(4096))
 
-    val, train = ([data.images[name] for name in names if os.path.exists(data.images.get(name, ""))]
-                  for names in (data.val, data.train))
+    val, train = ([data.images[name] for name in names] for names in (data.val, data.train))
     sizes = {path.stat().st_size for path in val}
     known = {middle(path): path for path in train if path.stat().st_size in sizes}
     pairs = {path: known[middle(path)] for path in val if middle(path) in known}
     return {path: twin for path, twin in pairs.items() if path.read_bytes() == twin.read_bytes()}
 
 
-def unread(data, owner):
+def unread(data, owner, lines):
     """unused(): files that are not read, a line for those of a folder and a suffix."""
-    photographs, masks = data.folders
-    of_masks, of_photographs, groups = [], [], {}
+    (photographs, masks), groups = data.folders, {}
     used = {*data.images.values(), *data.masks.values()}
     # Beside those that are read: where they lie in subfolders, the folder above must stay empty.
     new_image, new_mask = (min(files.values()).parent if files else folder
@@ -295,42 +268,30 @@ def unread(data, owner):
     for path in walk(data.root, (f"{photographs}/", f"{masks}/")):
         if path not in used and path.exists() and not SIDE_FILES.fullmatch(path.name):
             groups.setdefault((path.parent, path.suffix.lower()), []).append(path)
-    alike = Counter(path.stem for (_, suffix), paths in groups.items() for path in paths
-                    if suffix in MASK_SUFFIXES)
     for (folder, suffix), paths in groups.items():
         parts = folder.relative_to(data.root).parts or ("",)
         among_images, among_masks = folder.is_relative_to(photographs), parts[0] in (*MASK_FOLDERS, OLD_MASKS)
         fresh = [path for path in paths if among_images or data.masks.keys().isdisjoint(
             tails(name_in(data.root, path)))]
         if len(fresh) < len(paths) and among_masks and suffix in MASK_SUFFIXES:
-            why = (f"as {masks} has masks of their names; move away those that are wrong"
-                   if parts[0] != OLD_MASKS else "left over from an earlier version; remove them")
-            of_masks.append(f"{folder}: {len(paths) - len(fresh)} masks are not read, {why}")
+            lines.append(f"{folder}: {len(paths) - len(fresh)} masks are not read, as {masks} has masks of "
+                         f"their names; move away those that are wrong, or left over")
+        meant, remedy = owner(fresh[0]) if fresh else None, "if they are photographs, convert them to JPEG"
+        seem_masks = fresh and (among_masks or suffix in IMAGE_SUFFIXES and (
+            any(map(MASK_FOLDER.fullmatch, parts)) or looks_like_mask(fresh[0])
+            or 2 * sum(bool(owner(path)) for path in fresh) > len(fresh)))
         if not fresh or not (among_images or among_masks or suffix in IMAGE_SUFFIXES | HEIC_SUFFIXES):
             continue
-        meant, remedy = owner(fresh[0].stem), "if they are photographs, convert them to JPEG"
-        seem_masks = among_masks or suffix in IMAGE_SUFFIXES and (
-            any(map(MASK_FOLDER.fullmatch, parts)) or looks_like_mask(fresh[0])
-            or 2 * sum(bool(owner(path.stem)) for path in fresh) > len(fresh))
-        if seem_masks and masks.name == OLD_MASKS:
-            remedy = (f"an earlier version made {masks}/ of such: to read these instead, move it away, and "
-                      f"{data.colours_remedy('')}")
-        elif seem_masks and alike[fresh[0].stem] > 1:
-            remedy = (f"others have the same names: if each folder has the masks of one class, merge them "
-                      f"(see docs/own-photographs.md); else move those of one folder into {new_mask}/")
-        elif seem_masks and suffix in MASK_SUFFIXES:
+        if seem_masks and suffix in MASK_SUFFIXES:
             rename = f", this one as {meant}{suffix}, and so on" if meant else ""
-            remedy = f"if they are masks, move them into {new_mask}/{rename}"
+            remedy = f"if they are masks, move them into {new_mask}/{rename} {MERGE}"
         elif seem_masks:
-            why = ": JPEG changes ids" if suffix[:3] in (".jp", ".jf") else ""
-            remedy = f"if they are masks, export them again, as PNGs, into {new_mask}/{why}"
+            remedy = f"if they are masks, export them again, as PNGs, into {new_mask}/: JPEG changes ids"
         elif suffix in IMAGE_SUFFIXES:
             remedy = f"to train on them, move them into {new_image}/, each under a name of its own"
         elif suffix in (".json", ".xml", ".txt"):
             remedy = "masks are read, not annotations: export index PNGs of them"
         elif not suffix:
             remedy = f"if they are photographs, call this one {fresh[0].name}.jpg, and so on"
-        (of_masks if seem_masks else of_photographs).append(
-            f"{folder}: {len(fresh)} files {suffix or 'without suffix'} ({fresh[0].name} for one) are not "
-            f"read; {remedy}")
-    return of_masks, of_photographs
+        lines.append(f"{folder}: {len(fresh)} files {suffix or 'without suffix'} ({fresh[0].name} for one) "
+                     f"are not read; {remedy}")

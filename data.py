@@ -1,7 +1,4 @@
-"""Data sets, their lists and masks, and the split into labelled and unlabelled images.
-
-check.py says whether they are fit to train on; prepare.py is the command that reports on them.
-"""
+"""Data sets, their lists and masks, and the split into labelled and unlabelled images."""
 
 import os
 import re
@@ -13,7 +10,6 @@ import zlib
 from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -38,22 +34,18 @@ VOC_CLASSES = [
     "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
     "tvmonitor"]
 CITYSCAPES = {  # class: (its labelId, its colour), in the order of the 19 training ids
-    "road": (7, (128, 64, 128)), "sidewalk": (8, (244, 35, 232)),
-    "building": (11, (70, 70, 70)), "wall": (12, (102, 102, 156)),
-    "fence": (13, (190, 153, 153)), "pole": (17, (153, 153, 153)),
+    "road": (7, (128, 64, 128)), "sidewalk": (8, (244, 35, 232)), "building": (11, (70, 70, 70)),
+    "wall": (12, (102, 102, 156)), "fence": (13, (190, 153, 153)), "pole": (17, (153, 153, 153)),
     "traffic light": (19, (250, 170, 30)), "traffic sign": (20, (220, 220, 0)),
-    "vegetation": (21, (107, 142, 35)), "terrain": (22, (152, 251, 152)),
-    "sky": (23, (70, 130, 180)), "person": (24, (220, 20, 60)),
-    "rider": (25, (255, 0, 0)), "car": (26, (0, 0, 142)),
-    "truck": (27, (0, 0, 70)), "bus": (28, (0, 60, 100)),
-    "train": (31, (0, 80, 100)), "motorcycle": (32, (0, 0, 230)),
-    "bicycle": (33, (119, 11, 32)),
-}
+    "vegetation": (21, (107, 142, 35)), "terrain": (22, (152, 251, 152)), "sky": (23, (70, 130, 180)),
+    "person": (24, (220, 20, 60)), "rider": (25, (255, 0, 0)), "car": (26, (0, 0, 142)),
+    "truck": (27, (0, 0, 70)), "bus": (28, (0, 60, 100)), "train": (31, (0, 80, 100)),
+    "motorcycle": (32, (0, 0, 230)), "bicycle": (33, (119, 11, 32))}
 TRAINING_SETS = {"voc": 10582, "voc_classic": 1464, "cityscapes": 2975}  # what a split is a part of
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 HEIC_SUFFIXES = {".heic", ".heif"}  # photographs too, which Pillow cannot read
-MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif", ".npy")  # lossless; of one name, the first is read
-MASK_FOLDERS = ("SegmentationClass", "SegmentationClassPNG", "masks")
+MASK_SUFFIXES = {".png", ".tif", ".tiff", ".bmp", ".gif", ".npy"}  # lossless
+MASK_FOLDERS = ("SegmentationClassPNG", "SegmentationClass", "masks")
 BLENDED_MASKS = "SegmentationClassAug"
 VOC_PLACES = "JPEGImages", (".", "VOC2012", "VOCdevkit/VOC2012", "..")  # for find_folder
 OLD_MASKS = "SegmentationClassIds"  # the index PNGs that earlier versions made of colour-coded masks
@@ -77,7 +69,7 @@ def distinct_palette(num_classes):
     return [*map(tuple, shades.tolist()), *voc_palette(num_classes)[len(shades):]]
 
 
-@dataclass
+@dataclass(repr=False)
 class SegmentationData:
     """A data set: where its images and masks are, and what its classes are called.
 
@@ -86,22 +78,22 @@ class SegmentationData:
     notes:          lines that say what was decided about this data set.
     dataset, root:  --dataset and --data-root, for commands in messages.
     Of own data: the folders of photographs and masks; the label map, (r, g, b) -> class or "ignore", without
-    which masks hold ids; the ids in a folder test/, and those in val/ without a mask, which nothing uses.
+    which masks hold ids; and the ids in a folder test/.
     """
     classes: list
     palette: list
-    images: dict = field(repr=False)
-    masks: dict = field(repr=False)
-    train: list = field(repr=False)
-    val: list = field(repr=False)
-    labelled: list = field(repr=False)
-    notes: list = field(default_factory=list, repr=False)
+    images: dict
+    masks: dict
+    train: list
+    val: list
+    labelled: list
+    notes: list = field(default_factory=list)
     dataset: str = "shapes"
     root: Path | None = None
-    folders: tuple | None = field(default=None, repr=False)
-    label_map: dict = field(default_factory=dict, repr=False)
-    test: list = field(default_factory=list, repr=False)
-    bare: list = field(default_factory=list, repr=False)
+    folders: tuple | None = None
+    label_map: dict = field(default_factory=dict)
+    test: list = field(default_factory=list)
+    packed: dict = field(default_factory=dict)  # id -> the shape and the packed labels of a mask in colour
 
     def image(self, name):
         """The photograph as a Pillow image, upright as its EXIF says. Decoded only when needed."""
@@ -113,10 +105,10 @@ class SegmentationData:
         read, is in colour, or has a colour that the label map lacks."""
         path = self.masks[name]
         if self.label_map:
-            with reading(path):
-                changed = os.stat(path).st_mtime_ns
-            shape, packed = labels_by_colour(
-                path, changed, tuple(self.label_map.items()), tuple(self.classes))
+            if name not in self.packed:  # a PNG in colour takes four times as long to decode
+                labels = labels_by_colour(path, self.label_map, self.classes)
+                self.packed[name] = labels.shape, zlib.compress(labels, 1)
+            shape, packed = self.packed[name]
             return np.frombuffer(zlib.decompress(packed), np.uint8).reshape(shape), None
         labels, palette = read_mask(path)
         if labels is None or labels.dtype == bool and labels.any() and len(self.classes) != 2:
@@ -142,10 +134,9 @@ class SegmentationData:
         return command(script, self.dataset, self.root, *options)
 
     def colours_remedy(self, otherwise):
-        """The remedy for masks that hold no class ids: a command for own data."""
-        if self.dataset == "custom":
-            return f"say which colour is which class: {self.command('prepare.py', '--colours')}"
-        return otherwise
+        """What to do where masks hold no class ids: for own data a command."""
+        own = f"say which colour is which class: {self.command('prepare.py', '--colours')}"
+        return own if self.dataset == "custom" else otherwise
 
 
 def command(script, dataset, root, *options):
@@ -159,10 +150,9 @@ def open_photograph(path):
     with reading(path):
         image = Image.open(path)
         if image.mode[0] in "IF" or ";16" in str(image.tile[:1]):  # of 16 bits in RGB Pillow keeps 8
-            remedy = ("it looks like a mask: move it to the masks" if looks_like_mask(path) else
-                      "scale its values to 0 to 255, by one factor for all photographs, and save it with 8 "
-                      "bits a channel")
-            raise InputError(f"{path}: has more than 8 bits a channel; {remedy}")
+            raise InputError(f"{path}: has more than 8 bits a channel; scale its values to 0 to 255, by one "
+                             f"factor for all photographs, and save it with 8 bits a channel (or move it to "
+                             f"the masks, if it is one)")
         return upright(image)
 
 
@@ -228,20 +218,18 @@ def read_colours(path):
     return pixels, colours
 
 
-@lru_cache(maxsize=4096)
-def labels_by_colour(path, changed, label_map, classes):
-    """(shape, packed bytes) of the labels of a mask that is read through the label map. They are kept, until
-    the file is `changed`: it takes four times as long to decode a PNG in colour as one of indices."""
+def labels_by_colour(path, label_map, classes):
+    """The labels, (H, W) uint8, of a mask that is read through the label map."""
     pixels, colours = read_colours(path)
     table = np.zeros(1 << 24, np.uint16)  # 1 + id; zeros take no memory where nobody looks
-    for (r, g, b), label in label_map:
+    for (r, g, b), label in label_map.items():
         table[r | g << 8 | b << 16] = 1 + (IGNORE if label == "ignore" else classes.index(label))
     labels = table[colours] if pixels is None else table[colours][pixels]
     if not labels.all():
         lacking = np.unique((colours if pixels is None else colours[pixels])[labels == 0])
         raise InputError(f"{path}: holds colours that labelmap.txt lacks: "
                          f"{short_list(map(written, lacking))}; add a line for each there")
-    return labels.shape, zlib.compress((labels - 1).astype(np.uint8), 1)
+    return (labels - 1).astype(np.uint8)
 
 
 def written(colour):
@@ -262,34 +250,34 @@ def looks_like_mask(path):
 
 @contextmanager
 def reading(path):
-    """Makes an InputError, which names the file, of whatever reading it raises."""
+    """Makes an InputError, which names the file and the remedy, of whatever reading it raises."""
     try:
         yield
+        return
     except InputError:
         raise
+    except FileNotFoundError:
+        wrong = "broken symbolic link; remove it" if Path(path).is_symlink() else "no such file"
+    except UnicodeError:
+        wrong = "not UTF-8; save it as UTF-8"
+    except PermissionError as error:
+        allow = shlex.join(["chmod", "-R", "u+rwX", str(path)])
+        wrong = f"cannot be read ({error.strerror}); allow it: {allow}"
+    except Image.DecompressionBombError:
+        limit = 2 * Image.MAX_IMAGE_PIXELS // 10 ** 6
+        wrong = f"cannot be read (more than {limit} megapixels); tile or shrink it"
     except Exception as error:  # Pillow has a dozen kinds of them
-        raise InputError(unreadable(Path(path), error)) from None
-
-
-def unreadable(path, error):
-    reason, remedy = (str(error) or type(error).__name__).splitlines()[0], "replace or remove it"
-    if isinstance(error, FileNotFoundError):
-        return f"{path}: " + ("broken symbolic link; remove it" if path.is_symlink() else "no such file")
-    if isinstance(error, UnicodeError):
-        return f"{path}: not UTF-8; save it as UTF-8"
-    if isinstance(error, PermissionError):
-        reason, remedy = error.strerror, f"allow it: {shlex.join(['chmod', '-R', 'u+rwX', str(path)])}"
-    elif isinstance(error, Image.DecompressionBombError):
-        reason, remedy = f"more than {2 * Image.MAX_IMAGE_PIXELS // 10 ** 6} megapixels", "tile or shrink it"
-    elif isinstance(error, UnidentifiedImageError):
-        with open(path, "rb") as file:
-            start, reason = file.read(8), "not an image"
-        if start[4:] == b"ftyp":
-            reason, remedy = "HEIC or AVIF", "convert it to JPEG"
-        elif start[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-            reason = "a kind of TIFF that Pillow does not know, such as of 64-bit integers or three floats"
-            remedy = "save it again as uint8"
-    return f"{path}: cannot be read ({reason}); {remedy}"
+        reason, remedy = (str(error) or type(error).__name__).splitlines()[0], "replace or remove it"
+        if isinstance(error, UnidentifiedImageError):
+            with open(path, "rb") as file:
+                start, reason = file.read(8), "not an image"
+            if start[4:] == b"ftyp":
+                reason, remedy = "HEIC or AVIF", "convert it to JPEG"
+            elif start[:2] in (b"II", b"MM"):
+                reason = "a TIFF of a kind that Pillow does not know, such as of 64 bits or three floats"
+                remedy = "save it again as uint8"
+        wrong = f"cannot be read ({reason}); {remedy}"
+    raise InputError(f"{path}: {wrong}")
 
 
 def short_list(items, most=3):
@@ -310,14 +298,17 @@ def walk(top, links_below=None):
         if identity(folder) in seen or links_below and not os.access(folder, os.R_OK | os.X_OK):
             continue
         seen.add(identity(folder))
-        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-            if not entry.name.startswith("."):
-                if not entry.is_dir():
-                    yield Path(entry.path)
-                elif not entry.is_symlink():
-                    folders.append(entry.path)
-                elif links_below is None or f"{entry.path}/".startswith(links_below):
-                    links.append(entry.path)
+        with reading(folder):
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if not entry.is_dir():
+                yield Path(entry.path)
+            elif not entry.is_symlink():
+                folders.append(entry.path)
+            elif links_below is None or f"{entry.path}/".startswith(links_below):
+                links.append(entry.path)
 
 
 def files_in(folder, suffixes):
@@ -348,26 +339,23 @@ def with_ids(folder, files, images=None):
     path in the folder without suffix; but a test set, in test/, changes no other id. The id of a mask is its
     photograph's in `images`, else its own."""
     names, found = [name_in(folder, path) for path in files], {}
-    count, tests = (Counter(tails(name)[-1] for name in {*names} if in_folder(name, "test") or not alone)
-                    for alone in (False, True))
+    stem = {name: tails(name)[-1] for name in names}
+    all_stems = Counter(stem.values())
+    but_test = Counter(stem[name] for name in stem if not in_folder(name, "test"))
     for path, name in zip(files, names):
-        *_, stem = ways = tails(name)
-        own = stem if count[stem] - (0 if in_folder(name, "test") else tests[stem]) == 1 else name
-        name = own if images is None else next((way for way in ways if way in images), own)
+        alike = (all_stems if in_folder(name, "test") else but_test)[stem[name]]
+        own = stem[name] if alike == 1 else name
         if re.search("[\n\r\ud800-\udfff]", name):  # the latter: bytes that are no UTF-8
             raise InputError(f"{folder}: a file has the strange name {ascii(path.name)}; rename it")
-        other = found.setdefault(name, path)
-        if images is None and other != path:
-            masks, remedy = [*filter(looks_like_mask, (other, path))], "two files of one name; rename one"
-            if masks:
-                remedy = (f"a photograph and a mask; move the masks, such as {masks[0].name}, into a folder "
-                          f"masks/ beside {folder.name}/")
-            raise InputError(f"{other} and {path}: {remedy}")
-        if other.parent != path.parent:
-            raise InputError(f"{other.parent} and {path.parent}: each has a mask of {name}, as if each held "
-                             f"the masks of one class; an image has one mask: merge them into "
-                             f"{folder / name}.png, and so on, as docs/own-photographs.md has it")
-    return found
+        found.setdefault(next((way for way in tails(name) if way in (images or ())), own), []).append(path)
+    clashes = [paths for paths in found.values() if len(paths) > 1]
+    if clashes:
+        text = (f"pairs of files like these have one name; rename one of each, or, if one is a mask, move it into a "
+                f"folder masks/ beside {folder.name}/" if images is None else
+                f"images like theirs have several masks, as if each were of one class; merge them into one mask "
+                f"an image, directly in {folder}/, as docs/own-photographs.md has it")
+        raise InputError(f"{clashes[0][0]} and {clashes[0][1]}: {len(clashes)} {text}")
+    return {name: path for name, (path,) in found.items()}
 
 
 def stems(folder, suffixes=(".png",)):
@@ -375,14 +363,14 @@ def stems(folder, suffixes=(".png",)):
 
 
 def mask_files(root, folders=MASK_FOLDERS):
-    """(folder, files): the masks of own data, in the first of the folders that has PNGs, or other kinds; of
-    two files of one name the first is meant."""
-    for suffixes in (".png",), MASK_SUFFIXES:
-        for folder in folders:
-            if files_in(root / folder, suffixes):
-                return root / folder, sorted(files_in(root / folder, MASK_SUFFIXES), key=lambda path: (
-                    MASK_SUFFIXES.index(path.suffix.lower())))
-    return root / folders[-1], []
+    """(folder, files): the masks of own data, in the first of the folders that has some. Of two files of one
+    name a PNG is meant."""
+    for name in folders:
+        files = files_in(root / name, MASK_SUFFIXES)
+        if files:
+            break
+    pngs_last = sorted(files, key=lambda path: path.suffix.lower() == ".png")
+    return root / name, sorted({path.with_suffix(""): path for path in pngs_last}.values())
 
 
 def open_data(dataset, root=None):
@@ -399,10 +387,7 @@ def open_data(dataset, root=None):
                                 "cityscapes-dataset.com unpacked in it"}
         raise InputError(f"--data-root {root}: no such folder; give the folder of {dataset}"
                          + remedy.get(dataset.removesuffix("_classic"), ""))
-    try:
-        opened = {"cityscapes": open_cityscapes, "custom": open_custom}.get(dataset, open_voc)(root)
-    except PermissionError as error:
-        raise InputError(unreadable(Path(error.filename), error)) from None
+    opened = {"cityscapes": open_cityscapes, "custom": open_custom}.get(dataset, open_voc)(root)
     opened.dataset, opened.root = dataset, root
     if dataset == "voc":
         opened.labelled = opened.train
@@ -412,7 +397,7 @@ def open_data(dataset, root=None):
 def find_folder(root, child, parents):
     """The first of root / parent that holds the folder `child`."""
     for parent in parents:
-        if (root / parent / child).is_dir():
+        if os.path.isdir(root / parent / child):
             return root / parent
     raise InputError(f"--data-root {root}: no folder {child}/ in it; give the folder that holds it")
 
@@ -422,11 +407,10 @@ def open_voc(root):
     in SegmentationClass/, as UniMatch and U2PL have them; only VOC's own training ids are `labelled`."""
     root = find_folder(root, *VOC_PLACES)
     lists = [root / "ImageSets" / "Segmentation" / name for name in ("train.txt", "val.txt")]
-    missing = [path for path in lists if not path.exists()]
-    if missing:
-        raise InputError(f"{missing[0]}: no such file; copy train.txt and val.txt there from VOC's archive "
-                         f"(ImageSets/Segmentation/), or from UniMatch's repository (splits/pascal/: "
-                         f"1464/labeled.txt is the train.txt)")
+    for path in lists:
+        if not path.exists():
+            raise InputError(f"{path}: no such file; copy it there from VOC's archive, or from UniMatch's "
+                             f"repository (splits/pascal/: 1464/labeled.txt is the train.txt)")
     voc_train, val = map(read_list, lists)
     own, blended = stems(root / "SegmentationClass"), stems(root / BLENDED_MASKS)
     if not blended and own.keys() - {*voc_train, *val}:
@@ -463,13 +447,14 @@ def open_custom(root):
 
     Every training image with a mask is labelled; every one without is not.
     """
-    folders = [path for path in sorted(root.iterdir()) if path.is_dir()]
+    with reading(root):
+        folders = [path for path in sorted(root.iterdir()) if path.is_dir()]
     photographs = next((root / name for name in ("JPEGImages", "images") if root / name in folders), None)
     if photographs is None:
         raise InputError(f"--data-root {root}: neither JPEGImages/ nor images/ in it (but "
-                         f"{short_list(path.name for path in folders) or 'no folder'}); give the folder "
-                         f"that holds one of them, or call the folder of the photographs images/, and that "
-                         f"of the masks masks/")
+                         f"{short_list(path.name for path in folders) or 'no folder'}); give the folder that "
+                         f"holds one of them, or call the folder of the photographs images/, and that of the "
+                         f"masks masks/")
     label_map = read_label_map(root / "labelmap.txt")
     classes = class_names(root, label_map)
     images = stems(photographs, IMAGE_SUFFIXES)
@@ -497,19 +482,20 @@ def open_custom(root):
     return SegmentationData(
         classes, own_palette(classes, label_map, masks), images, masks, train, val,
         [name for name in train if name in masks], notes, folders=(photographs, folder), label_map=label_map,
-        test=sorted(test), bare=sorted({*held_out} - masks.keys() - {*train, *val}))
+        test=sorted(test))
 
 
 def own_palette(classes, label_map, masks):
     """The colours of the label map, else of an index PNG among the first masks, where they can be told apart;
     else distinct_palette's."""
-    distinct, shown = distinct_palette(len(classes)), {name: c for c, name in reversed(label_map.items())}
+    shown = {label: colour for colour, label in reversed(label_map.items())}
     for path in [] if label_map else list(masks.values())[:8]:
         with suppress(InputError):
             pixels, colours = read_mask(path)
             if pixels is not None and colours is not None:
                 shown = dict(zip(classes, ((c & 255, c >> 8 & 255, c >> 16) for c in colours.tolist())))
                 break
+    distinct = distinct_palette(len(classes))
     found = np.array([shown.get(name, colour) for name, colour in zip(classes, distinct)])
     differ = abs(found[:, None] - found).max(2) + 255 * np.eye(len(found), dtype=int)
     return [*map(tuple, found.tolist())] if differ.min() > 24 else distinct
@@ -517,12 +503,12 @@ def own_palette(classes, label_map, masks):
 
 def read_label_map(path):
     """Lines of label:r,g,b:parts:actions, and # comments -> {(r, g, b): label}; {} without such a file."""
-    lines = [line.strip() for line in read_lines(path)] if path.exists() else []
-    entries = [re.match(r"(.+?):\s*(\d+),\s*(\d+),\s*(\d+)\s*(:|$)", line)
-               for line in lines if line and not line.startswith("#")]
+    if not path.exists():
+        return {}
+    lines = [line.strip() for line in read_lines(path) if line.strip() and line[0] != "#"]
+    entries = [re.match(r"(.+?):\s*(\d+),\s*(\d+),\s*(\d+)\s*(:|$)", line) for line in lines]
     labels = {tuple(map(int, entry.groups()[1:4])): entry[1].strip() for entry in entries if entry}
-    if path.exists() and not (0 < len(labels) == len(entries) and len({*labels.values()}) <= IGNORE
-                              and max(map(max, labels)) <= 255):
+    if not 0 < len(labels) == len(lines) or len({*labels.values()}) > IGNORE or max(map(max, labels)) > 255:
         raise InputError(f"{path}: not 1 to 255 lines of label:r,g,b:parts:actions, each of its own colour; "
                          f"fix it")
     if "?" in labels.values():
@@ -556,11 +542,8 @@ def read_class_names(path):
     other = [name for name in ("classes.txt", "labels.txt", "codes.txt") if path.with_name(name).exists()]
     comments = [name for name in names if re.match(r"#(\s|$)", name)]
     twice = [name for name, count in Counter(names).items() if count > 1]
-    numbered = [match.groups() for match in (re.match(r"(\d+)\b\W*(.*)", name) for name in names) if match]
-    numbers, rests = [int(number) for number, _ in numbered], {rest for _, rest in numbered}
-    first = 0 if 0 in numbers else 1
-    numbering = sorted(numbers) == [*range(first, first + len(names))] and (  # and not 1 inch, 2 inch
-        len(rests) == len(names) or rests == {""})
+    from_1 = [re.match(rf"{i}\b\W*(.*)", name) for i, name in enumerate(names, 1)]
+    units = all(from_1) and len({name[1] for name in from_1} - {""}) == 1  # 1 inch, 2 inch
     for wrong, text in (
             (not names, "missing or empty; write one class name a line, in the order of the ids"
                         + (f"; or rename {other[0]}, if it is that" if other else "")),
@@ -570,9 +553,9 @@ def read_class_names(path):
              f"{len(names)} lines; from 2 to {IGNORE} are needed, one class name a line, none of them empty: "
              f"a line's number, from 0, is its class id"),
             (twice, f"{short_list(twice)} is listed twice; give each class a name of its own"),
-            (numbering and numbers != [*range(len(names))],
-             f"numbered {short_list(numbers)}, but a line's number, from 0, is its class id; write a line "
-             f"for each id in the masks, from 0, without numbers")):
+            (all(from_1) and not units,
+             "numbered from 1, but a line's number, from 0, is its class id; write a line for each id in the "
+             "masks, from 0, without numbers")):
         if wrong:
             raise InputError(f"{path}: {text}")
     return names

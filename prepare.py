@@ -29,30 +29,9 @@ from torchvision.datasets import SBDataset
 from torchvision.datasets.utils import check_integrity
 from torchvision.datasets.voc import DATASET_YEAR_DICT
 
+import data
 from check import check_data
-from data import (
-    BLENDED_MASKS,
-    IGNORE,
-    MASK_FOLDERS,
-    SPLITS,
-    TRAINING_SETS,
-    VOC_PLACES,
-    InputError,
-    command,
-    find_folder,
-    mask_files,
-    open_data,
-    open_voc,
-    read_class_names,
-    read_colours,
-    read_list,
-    reading,
-    short_list,
-    split_ids,
-    stems,
-    voc_palette,
-    written,
-)
+from data import IGNORE, InputError, command, reading, short_list, written
 from ranks import command_line, progress
 from settings import PROTOCOLS, protocol
 
@@ -68,11 +47,11 @@ def download_voc(root):
     open_voc finds, benchmark_RELEASE/ and the two archives in `root` are used if they are there.
     """
     try:
-        train = open_voc(root).train
+        train = data.open_voc(root).train
     except InputError:  # not there, or not complete
         make_blended_masks(root)
-        train = open_voc(root).train
-    demand_all(train, find_folder(root, *VOC_PLACES) / BLENDED_MASKS)
+        train = data.open_voc(root).train
+    demand_all(train, data.find_folder(root, *data.VOC_PLACES) / data.BLENDED_MASKS)
     print(f"{root}: {len(train)} training ids. The archives and benchmark_RELEASE/ in it may now be removed")
 
 
@@ -83,7 +62,7 @@ def make_blended_masks(root):
     except ImportError:
         raise InputError(f"--download: SBD's .mat masks need scipy; pip install scipy, and {AGAIN}") from None
     try:
-        voc = find_folder(root, *VOC_PLACES)
+        voc = data.find_folder(root, *data.VOC_PLACES)
     except InputError:
         voc = unpacked(root, *map(DATASET_YEAR_DICT["2012"].get, ("base_dir", "url", "filename", "md5")))
     train, val = (ids_in(voc, f"ImageSets/Segmentation/{part}.txt") for part in ("train", "val"))
@@ -91,11 +70,11 @@ def make_blended_masks(root):
     sbd = unpacked(root, "benchmark_RELEASE", SBDataset.url, SBDataset.filename, SBDataset.md5) / "dataset"
     ids = sorted({*train, *ids_in(sbd, "train.txt"), *ids_in(sbd, "val.txt")} - {*val})
     demand_all(ids, sbd)
-    own = stems(voc / "SegmentationClass")
+    own = data.stems(voc / "SegmentationClass")
     demand(voc, [f"JPEGImages/{name}.jpg" for name in ids])
     demand(sbd, [f"cls/{name}.mat" for name in ids if name not in own])
 
-    folder, colours = voc / f"{BLENDED_MASKS}.part", np.array(voc_palette(256), np.uint8).tobytes()
+    folder, colours = voc / f"{data.BLENDED_MASKS}.part", np.array(data.voc_palette(256), np.uint8).tobytes()
     folder.mkdir(exist_ok=True)
     for name in progress(ids, "masks written"):
         path, mask, part = own.get(name, sbd / f"cls/{name}.mat"), folder / f"{name}.png", folder / name
@@ -110,12 +89,12 @@ def make_blended_masks(root):
         picture.putpalette(colours)
         picture.save(part, "PNG")
         os.replace(part, mask)
-    os.replace(folder, voc / BLENDED_MASKS)
+    os.replace(folder, voc / data.BLENDED_MASKS)
 
 
 def ids_in(folder, file):
     demand(folder, [file])
-    return read_list(folder / file)
+    return data.read_list(folder / file)
 
 
 def demand(folder, files):
@@ -126,9 +105,9 @@ def demand(folder, files):
 
 
 def demand_all(ids, source):
-    if len(ids) != TRAINING_SETS["voc"]:
+    if len(ids) != data.TRAINING_SETS["voc"]:
         raise InputError(f"{source}: gives {len(ids)} training ids, but the protocol has "
-                         f"{TRAINING_SETS['voc']}; move that folder away, and {AGAIN}")
+                         f"{data.TRAINING_SETS['voc']}; move that folder away, and {AGAIN}")
 
 
 def unpacked(root, folder, url, filename, md5):
@@ -185,15 +164,15 @@ def write_label_map(root):
         root / name for name in ("labelmap.txt", "labelmap.part", "class_names.txt"))
     if label_map.exists():
         return
-    folder, files = mask_files(root)
+    folder, files = data.mask_files(root)
     if not files:
-        raise InputError(f"{root}: no masks in {'/, '.join(MASK_FOLDERS)}/; give the folder that holds one "
-                         f"of them as --data-root")
+        raise InputError(f"{root}: no masks in {'/, '.join(data.MASK_FOLDERS)}/; give the folder that holds "
+                         f"one of them as --data-root")
     colours = find_colours(files)
     if len(colours) == 1:
         raise InputError(f"{folder}: its masks hold the colour {written(*colours)} alone; export them again, "
                          f"with a colour for each class, and without transparency, and {AGAIN}")
-    labels = proposed_labels(colours, read_class_names(names_file) if names_file.exists() else [])
+    labels = proposed_labels(colours, data.read_class_names(names_file) if names_file.exists() else [])
     total = sum(count for count, *_ in colours.values())
     shares = {colour: f"{count / total:.2%} of the pixels" for colour, (count, *_) in colours.items()}
     text = "# label:color_rgb:parts:actions\n" + "".join(
@@ -223,7 +202,7 @@ def find_colours(files):
     the indices, bits or grey values that stand for it, None for a colour as such."""
     found = {}
     for path in progress(files, "masks read"):
-        pixels, colours = read_colours(path)
+        pixels, colours = data.read_colours(path)
         if pixels is None:
             colours, counts = np.unique(colours, return_counts=True)
             ids = [colour & 255 if colour % 0x010101 == 0 else None for colour in colours.tolist()]
@@ -273,10 +252,9 @@ def main(argv=None):
     task.add_argument("--colours", "--convert", action="store_true",
                       help="custom: first write labelmap.txt, which colour of the masks is which class")
     args = parser.parse_args(argv)
-    cuda = torch.cuda.is_available()
-    settings, small = protocol(args.dataset), not cuda and args.dataset != "shapes"
+    settings = protocol(args.dataset)
+    root = Path(args.data_root or settings.data_root or "")
     try:
-        root = Path(args.data_root or settings.data_root)
         if args.download and args.dataset.startswith("voc"):
             download_voc(root)
         elif args.colours and args.dataset == "custom":
@@ -285,34 +263,34 @@ def main(argv=None):
             raise InputError("--download goes with --dataset voc, --colours with --dataset custom; for "
                              "Cityscapes, log in at cityscapes-dataset.com and unpack "
                              "leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip in data/cityscapes")
-        data = open_data(args.dataset, args.data_root or settings.data_root)
-        print(f"{args.dataset}: {len(data.images)} images, {len(data.masks)} masks; {len(data.train)} "
-              f"for training, {len(data.val)} for validation")
-        for split in SPLITS if args.dataset != "custom" else ():
+        opened = data.open_data(args.dataset, args.data_root or settings.data_root)
+        print(f"{args.dataset}: {len(opened.images)} images, {len(opened.masks)} masks; "
+              f"{len(opened.train)} for training, {len(opened.val)} for validation")
+        for split in data.SPLITS if args.dataset != "custom" else ():
             with suppress(InputError):  # of an incomplete data set
-                labelled, unlabelled = split_ids(data, args.dataset, split)
+                labelled, unlabelled = data.split_ids(opened, args.dataset, split)
                 print(f"--split {split:5} {len(labelled):6} labelled {len(unlabelled):6} unlabelled")
-        labelled, unlabelled = split_ids(data, args.dataset, args.split or settings.split)
+        labelled, unlabelled = data.split_ids(opened, args.dataset, args.split or settings.split)
         print(f"as given      {len(labelled):6} labelled {len(unlabelled):6} unlabelled")
-        found = check_data(data, labelled, unlabelled)
+        found = check_data(opened, labelled, unlabelled)
         for note in found.notes:
             print(note)
         if found.problems:
             print(*found.problems, sep="\n", file=sys.stderr)
             sys.exit(2)
         pixels = sum(found.pixels[name][:256] for name in labelled)
-        for c, label in enumerate(data.classes):
+        for c, label in enumerate(opened.classes):
             print(f"{c:4} {label:20} {pixels[c] / pixels[:IGNORE].sum():7.2%} of the labelled pixels")
         print(f" 255 {'ignored':20} {pixels[IGNORE] / pixels.sum():7.2%} of all pixels")
         options = ["--split", args.split] if args.split else []
         side, crop = round(median(found.sides)), settings.crop_size
-        if small:
+        if not torch.cuda.is_available() and args.dataset != "shapes":
             options.append("--small")
         elif side > 3 * crop:
             print(f"the photographs, of {side} pixels, are much larger than the crop, of {crop}, which would "
                   f"see little of them: --image-size shrinks them")
             options += ["--image-size", str(2 * crop)]
-        print(f"nothing wrong; next: {data.command('train.py', *options)}")
+        print(f"nothing wrong; next: {opened.command('train.py', *options)}")
     except OSError as error:
         raise InputError(f"{error.filename or root}: {error.strerror}; make room, or allow it, and "
                          f"{AGAIN}") from None

@@ -365,12 +365,12 @@ CASES = {
     "ids from 1": (folder(grey(1, 2)), "no mask holds 0, and ids count from 0", first_name,
                    name_colours(c1_1_1="background", c2_2_2="thing")),
     "ids from 1, 0 unlabelled": (folder(from_1_with_0, names="meadow\ndisc\n"),
-                                 r"ids 2, but there are 2 classes \(0 to 1\); if .* lacks a name",
+                                 r"ids 2, but there are 2 classes \(0 to 1\); if .* lacks names",
                                  first_name),
     "the last id is void": (folder(lambda labels: labels * 0 + np.arange(48, dtype=np.uint8) // 5,
                                    names="a\nb\nc\nd\ne\nf\ng\nh\nthing"),
-                            "if 9 is what nobody annotated, say which", paste),
-    "smoothed edges": (folder(smoothed), "if they are grey levels",
+                            "holds the ids 9,.* if these are .*what nobody annotated, say which", paste),
+    "smoothed edges": (folder(smoothed), "if these are grey levels",
                        name_colours(c255_255_255="thing")),
     "masks as JPEG": (folder(grey(0, 255), name="p{:02d}.jpg"), "6 files .jpg .*export them again, as PNGs",
                       export_again),
@@ -380,7 +380,7 @@ CASES = {
     "masks as TIFF of 16 bits": (folder(lambda labels: labels.astype(np.uint16) * 65535, name="p{:02d}.tif"),
                                  "ids 65535", paste),
     "masks as TIFF of 64 bits": (files(tiff(3, 64), "masks/p00.tif", name="p{:02d}.tif"),
-                                 "a kind of TIFF that Pillow does not know.*; save it again as uint8",
+                                 "TIFF of a kind that Pillow does not know.*; save it again as uint8",
                                  export_again),
     "masks as GIF": (folder(name="p{:02d}.gif"), "p00.gif: in colour", paste),
     "masks as .npy": (as_arrays, "5 labelled  *6 unlabelled"),
@@ -414,7 +414,7 @@ CASES = {
                              "masks: 3 masks are not read, as .*/SegmentationClass has masks of their names"),
     "TIFF masks beside others": (
         both(folder(masks="SegmentationClass"), folder(name="p{:02d}.tif", masked=9)),
-        "masks: 3 files .tif .*if they are masks, move them into .*/SegmentationClass/$"),
+        "masks: 3 files .tif .*if they are masks, move them into .*/SegmentationClass/ "),
     "a class absent": (folder(names="background\nthing\nunicorn"), "no labelled mask holds unicorn"),
     "no class in validation": (both(folder(), lists(val="p05"), lambda root: save(
         np.zeros((32, 48), np.uint8), root / "masks/p05.png")), "no validation mask holds thing"),
@@ -431,7 +431,7 @@ CASES = {
                                 texts("class_names.txt", "a\nb\n")),
     "commas": (folder(names="background, thing"), "one class name a line", texts("class_names.txt", "a\nb")),
     "a name twice": (folder(names="a\na"), "is listed twice", texts("class_names.txt", "a\nb")),
-    "numbered from 1": (folder(grey(1, 2), names="1 background\n2: thing"), "numbered 1, 2, but",
+    "numbered from 1": (folder(grey(1, 2), names="1 background\n2: thing"), "numbered from 1, but",
                         texts("class_names.txt", "nothing\nbackground\nthing")),
     "a comment": (folder(names="# my classes\nbackground\nthing"), "# my classes.* would be the name of",
                   texts("class_names.txt", "background\nthing")),
@@ -503,7 +503,7 @@ CASES = {
     "the folder of photographs": (folder(images="images/images"), None),
     "no suffix": (both(folder(), lambda root: (root / "images/p09.jpg").rename(root / "images/p09")),
                   "1 files without suffix .p09 for one.*call this one p09.jpg"),
-    "one label": (folder(masked=1), "p00 alone has a mask, and two are needed",
+    "one label": (folder(masked=1), "no labelled image is left beside the 1 of validation; add masks",
                   pictures("masks/p01.png", 1, part=1)),
     "two labels": (folder(masked=2), "1 of the 2 labelled"),
     "all labelled": (folder(count=8, masked=8), "no unlabelled image is left", paste,
@@ -527,24 +527,24 @@ CASES = {
         both(folder(images="images/a", masked=3), folder(images="images/a", masks="images/labels")),
         "6 files like this one look like masks, and are read as photographs; move them elsewhere",
         move("images/labels/*.png", "elsewhere")),
-    "a photograph and its mask": (folder(masks="images"), "a photograph and a mask; move the masks, such as "
-                                  "p00.png, into a folder masks/ beside images/",
+    "a photograph and its mask": (folder(masks="images"), "6 pairs of files .*if one is a mask, move it "
+                                  "into a folder masks/ beside images/",
                                   move("images/*.png", "masks")),
     "masks of 16 bits among photographs": (
         folder(lambda labels: labels.astype(np.uint16), masks="images", name="p{:02d}_x.png"),
-        "p00_x.png: has more than 8 bits a channel .and 5 more.; it looks like a mask: move it to the masks",
+        "p00_x.png: has more than 8 bits a channel .and 5 more.; .*or move it to the masks, if it is one",
         move("images/*.png", "masks", without("_x"))),
-    "a folder for each class": (one_class_each, "background and .*masks/thing: each has a mask of p00, ",
+    "a folder for each class": (one_class_each, "background/p00.png and .*thing/p00.png: 6 images .*merge",
                                 merge),
     "a folder for each image": (lambda root: one_class_each(root, "p{1:02d}/{0}.png"),
-                                "12 masks like this one are one of several of an image, .*merge them", merge),
+                                "12 masks like this one have no image of their name; .*merge", merge),
     "folders for each class beside": (
         lambda root: (one_class_each(root), [(root / "masks" / name).rename(root / name) for name in (
             "background", "thing")], (root / "masks").rmdir()),
-        "background: 6 files .png .*others have the same names: .*merge.*\\n.*thing: 6 files",
+        "background: 6 files .png .*merge.*\\n.*thing: 6 files",
         lambda root, said: folder()(root)),
     "a file for each class": (lambda root: one_class_each(root, "p{:02d}_{}.png"), "12 masks like this one "
-                              "are one of several of an image, .*merge them", merge),
+                              "have no image of their name; .*merge", merge),
     "georeferences": (files(b"1", *(f"{name}{suffix}" for name in ("images/p00", "masks/p00")
                                     for suffix in (".jgw", ".pgw", ".wld", ".tfw", ".png.aux.xml"))), None),
     "a link to itself": (both(folder(), link("images", "images/images", "images/again")), None),
@@ -579,7 +579,7 @@ CASES = {
                   move("images/p\udce9.jpg", "images", lambda _: "q.jpg")),
     "not UTF-8, and unused": (files(HEIC, "images/p\udce9.heic"), r"1 files .heic .p\\udce9.heic for one"),
     "two of one stem": (both(folder(), lambda root: save(scene(3)[0], root / "images/p02.png")),
-                        "two files of one name", remove("images/p02.png"),
+                        "1 pairs of files like these have one name; rename", remove("images/p02.png"),
                         move("images/p02.png", "images", lambda _: "q.png")),
     # Files that cannot be read, and odd ones that can
     "turned by EXIF": (both(folder(), lambda root: [
@@ -679,7 +679,7 @@ NOTES = {
                                  (root / f"images/{name}.jpg").unlink() for i in range(3) for name in (
                                      f"train/p{i:02d}", f"train/copy{i:02d}")]),
     "val/ without masks": (both(train_and_val, folder(images="images/val", masked=0, image="w{}.jpg")),
-                           "12 photographs in val/ have no mask, and are not used",
+                           "12 photographs .* in val/ without a mask, and not used",
                            move("images/val/w*", "images/train")),
 }
 

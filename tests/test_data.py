@@ -125,7 +125,7 @@ def test_voc_as_unimatch_has_it(tmp_path):
     (base / "SegmentationClassAug").rmdir()
     lists = base / "ImageSets/Segmentation"
     lists.rename(tmp_path / "splits")
-    with pytest.raises(InputError, match="train.txt: no such file; copy train.txt and val.txt") as error:
+    with pytest.raises(InputError, match="train.txt: no such file; copy it there") as error:
         open_data("voc", tmp_path)
     assert "1464/labeled.txt is the train.txt" in str(error.value)
     lists.mkdir()

@@ -465,7 +465,7 @@ def test_class_names_and_label_map_must_agree(tmp_path):
 
 
 def test_what_is_no_export(tmp_path):
-    refused_label_map(tmp_path, tmp_path, "no masks in SegmentationClass/, ")
+    refused_label_map(tmp_path, tmp_path, "no masks in SegmentationClassPNG/, SegmentationClass/, ")
     root = cvat_export(tmp_path / "cvat")
     (root / "labelmap.txt").unlink()
     (root / "SegmentationClass" / "a.png").write_bytes(b"no image")
@@ -586,16 +586,15 @@ def test_masks_that_an_earlier_version_made(tmp_path):
         (root / "SegmentationClassIds").mkdir(exist_ok=True)
         data_mask.save(root / "SegmentationClassIds" / f"{name}.png")
     said = report("--dataset", "custom", "--data-root", root)[1]
-    assert "SegmentationClassIds: 3 masks are not read, left over from an earlier version; remove" in said
+    assert "SegmentationClassIds: 3 masks are not read, as " in said
     (root / "labelmap.txt").unlink()
     (root / "class_names.txt").write_text("background\nroad\ncar\n")
     assert data.open_data("custom", root).folders[1].name == "SegmentationClassIds"
     Image.fromarray(COLOURS[IDS]).save(root / "SegmentationClass" / "d.png")
     said = report("--dataset", "custom", "--data-root", root)[1]
-    assert "(d.png for one) are not read; an earlier version made" in said
-    (root / "SegmentationClassIds").rename(root / "away")  # as it says
-    command = said.split("move it away, and say which colour is which class: ")[1].splitlines()[0]
-    assert "in place of each ?" in report(*shlex.split(command)[2:])[2]
+    assert "(d.png for one) are not read; if they are masks, move them into" in said
+    (root / "SegmentationClass/d.png").rename(root / "SegmentationClassIds/d.png")  # as it says
+    assert "d.png: in colour" in report("--dataset", "custom", "--data-root", root)[2]
 
 
 # -- The check, of every data set --
