@@ -411,8 +411,9 @@ class StopWatch:
         signal.set_wakeup_fd(-1)
         for signum, handler in self.handlers.items():
             signal.signal(signum, handler)
-        self.mouth.close()  # which ends the thread
+        self.mouth.shutdown(socket.SHUT_WR)  # which ends the thread
         self.thread.join()
+        self.mouth.close()
         self.ear.close()
 
     def ask(self, reason):
