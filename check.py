@@ -57,7 +57,7 @@ def check_data(data, labelled, unlabelled, supervised=False):
     for part, names, needed in (("labelled", labelled, 2), ("validation", data.val, 1)):
         if not found.problems:
             check_classes(data, part, names, needed, found)
-    lacks, lines = None, unused(data, found) if data.folders else []
+    lacks, lines = None, unused(data, found.pixels) if data.folders else []
     if not data.images:
         lacks = f"{data.folders[0] if data.folders else data.root}: no photographs in it; put them there"
     elif not labelled:
@@ -195,10 +195,10 @@ def check_palettes(data, palettes, found):
                 return
 
 
-def unused(data, found):
+def unused(data, pixels):
     """What lies in an own folder and is not used, or not as it seems to be meant: a line for each kind, with
     an example, a count, and what to do."""
-    masks, pixels, lines = data.folders[1], found.pixels, []
+    masks, lines = data.folders[1], []
     owners = {IMAGE_ENDING.sub("", tails(name)[-1]).lower(): tails(name)[-1]
               for name in sorted(data.images, key=len, reverse=True)}
 
@@ -238,7 +238,7 @@ def unused(data, found):
         "not used; to train on them, add them to train.txt, if it is there, or move them out of val/")
     say([data.images[name] for name in data.test],
         "photographs in test/ are not trained on; evaluate.py takes a --list of them")
-    twins = {} if found.problems else twins_of(data)
+    twins = twins_of(data)
     say([*twins], f"validation images like this one are training images under another name, here "
         f"{short_list(twins.values(), 1)}; mIoU counts what was learnt by heart: keep one copy of each")
     return lines[:6]
@@ -251,7 +251,8 @@ def twins_of(data):
             file.seek(path.stat().st_size // 2)
             return hash(file.read(4096))
 
-    val, train = ([data.images[name] for name in names] for names in (data.val, data.train))
+    val, train = ([data.images[name] for name in names if os.path.exists(data.images.get(name, ""))]
+                  for names in (data.val, data.train))
     sizes = {path.stat().st_size for path in val}
     known = {middle(path): path for path in train if path.stat().st_size in sizes}
     pairs = {path: known[middle(path)] for path in val if middle(path) in known}

@@ -3,7 +3,6 @@
 import os
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import pytest
 from PIL import Image
 
 import data
+import prepare
 from batches import TrainingDraws
 from check import check_data
 from data import SPLITS, InputError, Shapes, open_data, read_list, split_ids
@@ -327,22 +327,26 @@ def test_what_may_not_be_read_is_said_with_the_command_that_allows_it(tmp_path, 
     subprocess.run(shlex.split(command), check=True)
 
 
-def report(*arguments):
-    return subprocess.run([sys.executable, HERE / "prepare.py", *map(str, arguments)],
-                          capture_output=True, text=True)
-
-
-@pytest.mark.slow
-def test_the_report_of_a_good_and_a_bad_folder(tmp_path):
+def test_the_report_of_a_good_and_a_bad_folder(tmp_path, capsys):
     root = custom(tmp_path)
-    good = report("--dataset", "custom", "--data-root", root)
-    assert good.returncode == 0 and "10 images, 6 masks" in good.stdout
-    assert "road" in good.stdout and "50.00%" in good.stdout and "--split" not in good.stdout
+    arguments = ["--dataset", "custom", "--data-root", str(root)]
+    prepare.main(arguments)
+    good = capsys.readouterr().out
+    assert "10 images, 6 masks" in good and "road" in good and "50.00%" in good and "--split" not in good
     save(root / "SegmentationClass" / "im1.png", photograph())
     save(root / "SegmentationClass" / "im2.png", np.zeros((5, 5)))
-    bad = report("--dataset", "custom", "--data-root", root)
-    assert bad.returncode == 2 and "Traceback" not in bad.stderr
-    assert "im1.png: in colour" in bad.stderr and "im2.png: 5 x 5 pixels" in bad.stderr
+    with pytest.raises(SystemExit) as end:
+        prepare.main(arguments)
+    bad = capsys.readouterr().err
+    assert end.value.code == 2 and "im1.png: in colour" in bad and "im2.png: 5 x 5 pixels" in bad
+
+
+def test_a_supervised_run_needs_no_unlabelled_image_that_its_list_names(tmp_path):
+    root = custom(tmp_path)
+    (root / "ImageSets/Segmentation/train.txt").write_text("im0\nim1\nim7\ngone\n")
+    found = open_data("custom", root)
+    assert problems(found, found.labelled, []) == []
+    assert "1 listed images are missing: gone" in problems(found, found.labelled, ["gone", "im7"])[0]
 
 
 @pytest.mark.skipif(not CAMVID.exists(), reason="the CamVid folder is not beside this checkout")
