@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -33,7 +34,6 @@ MASK_FOLDER = re.compile(r"(?:.*[-_ ]|train|val|test)?(?:masks?|labels?|gts?|seg
                          r"ground.?truths?)(?:[-_ ].*|tr|ts|ids|\d*)", re.I)
 MASK_ENDING = re.compile(r"(?:[-_. ]*(?:masks?|labels?\w*|gt\w*|seg\w*|annot\w*|ground.?truth|colou?red|png|"
                          r"jpe?g)|[-_. ](?-i:P))+$", re.I)
-MERGE = "(first merge those of one image, if each is of one class: see docs/own-photographs.md)"
 IMAGE_ENDING = re.compile(r"(?:[-_. ]*(?:img|images?|photo|rgb|sat|leftImg8bit)|_0000)+$", re.I)
 
 
@@ -174,9 +174,12 @@ def check_ids(data, found):
     elif not any(counts[0] for counts in found.pixels.values()):
         remedy = (f"no mask holds 0, and ids count from 0: if the names are those of the ids from 1 on, "
                   f"write one for 0 as the first line of {names_file}; else {colours}")
+    elif [*ids] == [C]:
+        remedy = (f"if {names_file} lacks a name, add it: the first line is the name of id 0, the next of "
+                  f"id 1, and so on; if {C} is what nobody annotated, {colours}")
     else:
-        remedy = (f"if {names_file} lacks names, add them: the first line is the name of id 0, the next of "
-                  f"id 1, and so on; if these are grey levels, colours or what nobody annotated, {colours}")
+        remedy = (f"if these are class ids, write a name for each id, from 0, into {names_file}; if they are "
+                  f"grey levels or colours, {colours}")
     more = f" (and {len(files) - 1} more)" if len(files) > 1 else ""
     found.problems.append(f"{files[0]}{more}: holds the ids {short_list(ids)}, but there are {C} classes "
                           f"(0 to {C - 1}); {remedy}")
@@ -206,6 +209,11 @@ def unused(data, pixels):
         image = owners.get(MASK_ENDING.sub("", path.stem).lower())
         return None if image == path.stem else image
 
+    def beginning(path):  # the stem of the image with which a name, or its folder's, begins, or None
+        stem = path.stem.lower()
+        starts = [path.parent.name.lower(), *(stem[:cut.start()] for cut in re.finditer("[-_. ]", stem))]
+        return next((owners[start] for start in starts[::-1] if start in owners), None)
+
     def say(files, text):
         if files:
             lines.append(f"{files[0]}: {len(files)} {text}")
@@ -220,10 +228,16 @@ def unused(data, pixels):
         place = "elsewhere"
     say(copies, f"files like this one look like masks, and are read as photographs; move them {place}")
     strays = named_first(data.masks[name] for name in data.masks.keys() - data.images.keys())
-    meant = owner(strays[0]) if strays else None
+    starts = Counter((path.parent, beginning(path)) for path in strays)
+    several = [path for path in strays if (start := beginning(path)) and starts[path.parent, start] > 1]
+    say(several, "masks like this one are one of several of an image, which has one mask, of its own stem; "
+                 "if each is of one class, merge them (see docs/own-photographs.md); else keep one of them "
+                 "and call it so")
+    strays = [path for path in strays if path not in several]
+    meant = owner(strays[0]) or beginning(strays[0]) if strays else None
     rename = f": call this one {meant}.png, and so on" if meant and meant not in data.masks else ""
     say(strays, f"masks like this one have no image of their name; a mask needs the stem of its image, and "
-                f"its folder, if several images have that stem{rename} {MERGE}")
+                f"its folder, if several images have that stem{rename}")
     unread(data, owner, lines)
     one_class = [name for name in pixels if len({*np.flatnonzero(pixels[name])} - {IGNORE}) == 1]
     say([data.masks[name] for name in one_class if pixels[name][IGNORE]],
@@ -269,6 +283,8 @@ def unread(data, owner, lines):
     for path in walk(data.root, (f"{photographs}/", f"{masks}/")):
         if path not in used and path.exists() and not SIDE_FILES.fullmatch(path.name):
             groups.setdefault((path.parent, path.suffix.lower()), []).append(path)
+    alike = Counter(path.stem for (_, suffix), paths in groups.items() for path in paths
+                    if suffix in MASK_SUFFIXES)
     for (folder, suffix), paths in groups.items():
         parts = folder.relative_to(data.root).parts or ("",)
         among_images, among_masks = folder.is_relative_to(photographs), parts[0] in (*MASK_FOLDERS, OLD_MASKS)
@@ -283,9 +299,12 @@ def unread(data, owner, lines):
             or 2 * sum(bool(owner(path)) for path in fresh) > len(fresh)))
         if not fresh or not (among_images or among_masks or suffix in IMAGE_SUFFIXES | HEIC_SUFFIXES):
             continue
-        if seem_masks and suffix in MASK_SUFFIXES:
+        if seem_masks and alike[fresh[0].stem] > 1:
+            remedy = (f"others have the same names: if each folder has the masks of one class, merge them "
+                      f"(see docs/own-photographs.md); else move those of one folder into {new_mask}/")
+        elif seem_masks and suffix in MASK_SUFFIXES:
             rename = f", this one as {meant}{suffix}, and so on" if meant else ""
-            remedy = f"if they are masks, move them into {new_mask}/{rename} {MERGE}"
+            remedy = f"if they are masks, move them into {new_mask}/{rename}"
         elif seem_masks:
             remedy = f"if they are masks, export them again, as PNGs, into {new_mask}/: JPEG changes ids"
         elif suffix in IMAGE_SUFFIXES:

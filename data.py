@@ -150,9 +150,10 @@ def open_photograph(path):
     with reading(path):
         image = Image.open(path)
         if image.mode[0] in "IF" or ";16" in str(image.tile[:1]):  # of 16 bits in RGB Pillow keeps 8
-            raise InputError(f"{path}: has more than 8 bits a channel; scale its values to 0 to 255, by one "
-                             f"factor for all photographs, and save it with 8 bits a channel (or move it to "
-                             f"the masks, if it is one)")
+            remedy = ("it looks like a mask: move it to the masks" if looks_like_mask(path) else
+                      "scale its values to 0 to 255, by one factor for all photographs, and save it with 8 "
+                      "bits a channel")
+            raise InputError(f"{path}: has more than 8 bits a channel; {remedy}")
         return upright(image)
 
 
@@ -506,7 +507,7 @@ def read_label_map(path):
     """Lines of label:r,g,b:parts:actions, and # comments -> {(r, g, b): label}; {} without such a file."""
     if not path.exists():
         return {}
-    lines = [line.strip() for line in read_lines(path) if line.strip() and line[0] != "#"]
+    lines = [line for line in map(str.strip, read_lines(path)) if line and line[0] != "#"]
     entries = [re.match(r"(.+?):\s*(\d+),\s*(\d+),\s*(\d+)\s*(:|$)", line) for line in lines]
     labels = {tuple(map(int, entry.groups()[1:4])): entry[1].strip() for entry in entries if entry}
     if not 0 < len(labels) == len(lines) or len({*labels.values()}) > IGNORE or max(map(max, labels)) > 255:
@@ -543,8 +544,11 @@ def read_class_names(path):
     other = [name for name in ("classes.txt", "labels.txt", "codes.txt") if path.with_name(name).exists()]
     comments = [name for name in names if re.match(r"#(\s|$)", name)]
     twice = [name for name, count in Counter(names).items() if count > 1]
-    from_1 = [re.match(rf"{i}\b\W*(.*)", name) for i, name in enumerate(names, 1)]
-    units = all(from_1) and len({name[1] for name in from_1} - {""}) == 1  # 1 inch, 2 inch
+    numbered = [match.groups() for match in (re.match(r"(\d+)\b\W*(.*)", name) for name in names) if match]
+    numbers, rests = [int(number) for number, _ in numbered], {rest for _, rest in numbered}
+    first = 0 if 0 in numbers else 1
+    numbering = sorted(numbers) == [*range(first, first + len(names))] and (  # and not 1 inch, 2 inch
+        len(rests) == len(names) or rests == {""})
     for wrong, text in (
             (not names, "missing or empty; write one class name a line, in the order of the ids"
                         + (f"; or rename {other[0]}, if it is that" if other else "")),
@@ -554,9 +558,9 @@ def read_class_names(path):
              f"{len(names)} lines; from 2 to {IGNORE} are needed, one class name a line, none of them empty: "
              f"a line's number, from 0, is its class id"),
             (twice, f"{short_list(twice)} is listed twice; give each class a name of its own"),
-            (all(from_1) and not units,
-             "numbered from 1, but a line's number, from 0, is its class id; write a line for each id in the "
-             "masks, from 0, without numbers")):
+            (numbering and numbers != [*range(len(names))],
+             f"numbered {short_list(numbers)}, but a line's number, from 0, is its class id; write a line "
+             f"for each id in the masks, from 0, without numbers")):
         if wrong:
             raise InputError(f"{path}: {text}")
     return names

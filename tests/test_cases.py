@@ -365,12 +365,12 @@ CASES = {
     "ids from 1": (folder(grey(1, 2)), "no mask holds 0, and ids count from 0", first_name,
                    name_colours(c1_1_1="background", c2_2_2="thing")),
     "ids from 1, 0 unlabelled": (folder(from_1_with_0, names="meadow\ndisc\n"),
-                                 r"ids 2, but there are 2 classes \(0 to 1\); if .* lacks names",
+                                 r"ids 2, but there are 2 classes \(0 to 1\); if .* lacks a name",
                                  first_name),
     "the last id is void": (folder(lambda labels: labels * 0 + np.arange(48, dtype=np.uint8) // 5,
                                    names="a\nb\nc\nd\ne\nf\ng\nh\nthing"),
-                            "holds the ids 9,.* if these are .*what nobody annotated, say which", paste),
-    "smoothed edges": (folder(smoothed), "if these are grey levels",
+                            "if 9 is what nobody annotated, say which", paste),
+    "smoothed edges": (folder(smoothed), "if they are grey levels",
                        name_colours(c255_255_255="thing")),
     "masks as JPEG": (folder(grey(0, 255), name="p{:02d}.jpg"), "6 files .jpg .*export them again, as PNGs",
                       export_again),
@@ -414,7 +414,7 @@ CASES = {
                              "masks: 3 masks are not read, as .*/SegmentationClass has masks of their names"),
     "TIFF masks beside others": (
         both(folder(masks="SegmentationClass"), folder(name="p{:02d}.tif", masked=9)),
-        "masks: 3 files .tif .*if they are masks, move them into .*/SegmentationClass/ "),
+        "masks: 3 files .tif .*if they are masks, move them into .*/SegmentationClass/$"),
     "a class absent": (folder(names="background\nthing\nunicorn"), "no labelled mask holds unicorn"),
     "no class in validation": (both(folder(), lists(val="p05"), lambda root: save(
         np.zeros((32, 48), np.uint8), root / "masks/p05.png")), "no validation mask holds thing"),
@@ -431,7 +431,7 @@ CASES = {
                                 texts("class_names.txt", "a\nb\n")),
     "commas": (folder(names="background, thing"), "one class name a line", texts("class_names.txt", "a\nb")),
     "a name twice": (folder(names="a\na"), "is listed twice", texts("class_names.txt", "a\nb")),
-    "numbered from 1": (folder(grey(1, 2), names="1 background\n2: thing"), "numbered from 1, but",
+    "numbered from 1": (folder(grey(1, 2), names="1 background\n2: thing"), "numbered 1, 2, but",
                         texts("class_names.txt", "nothing\nbackground\nthing")),
     "a comment": (folder(names="# my classes\nbackground\nthing"), "# my classes.* would be the name of",
                   texts("class_names.txt", "background\nthing")),
@@ -532,19 +532,19 @@ CASES = {
                                   move("images/*.png", "masks")),
     "masks of 16 bits among photographs": (
         folder(lambda labels: labels.astype(np.uint16), masks="images", name="p{:02d}_x.png"),
-        "p00_x.png: has more than 8 bits a channel .and 5 more.; .*or move it to the masks, if it is one",
+        "p00_x.png: has more than 8 bits a channel .and 5 more.; it looks like a mask: move it to the masks",
         move("images/*.png", "masks", without("_x"))),
     "a folder for each class": (one_class_each, "background/p00.png and .*thing/p00.png: 6 images .*merge",
                                 merge),
     "a folder for each image": (lambda root: one_class_each(root, "p{1:02d}/{0}.png"),
-                                "12 masks like this one have no image of their name; .*merge", merge),
+                                "12 masks like this one are one of several of an image, .*merge them", merge),
     "folders for each class beside": (
         lambda root: (one_class_each(root), [(root / "masks" / name).rename(root / name) for name in (
             "background", "thing")], (root / "masks").rmdir()),
-        "background: 6 files .png .*merge.*\\n.*thing: 6 files",
+        "background: 6 files .png .*others have the same names: .*merge.*\\n.*thing: 6 files",
         lambda root, said: folder()(root)),
     "a file for each class": (lambda root: one_class_each(root, "p{:02d}_{}.png"), "12 masks like this one "
-                              "have no image of their name; .*merge", merge),
+                              "are one of several of an image, .*merge them", merge),
     "georeferences": (files(b"1", *(f"{name}{suffix}" for name in ("images/p00", "masks/p00")
                                     for suffix in (".jgw", ".pgw", ".wld", ".tfw", ".png.aux.xml"))), None),
     "a link to itself": (both(folder(), link("images", "images/images", "images/again")), None),
