@@ -61,7 +61,7 @@ def check_data(data, labelled, unlabelled, supervised=False):
     if not data.images:
         lacks = f"{data.folders[0] if data.folders else data.root}: no photographs in it; put them there"
     elif not labelled:
-        lacks = f"no labelled image is left beside the {len(data.val)} of validation; add masks"
+        lacks = "no labelled image is left to train on; two are needed, as one is for validation: add masks"
         if data.folders:
             lacks += f", index PNGs of class ids, in {data.folders[1]}/, each with the stem of its image"
     elif not data.val:
