@@ -503,7 +503,7 @@ CASES = {
     "the folder of photographs": (folder(images="images/images"), None),
     "no suffix": (both(folder(), lambda root: (root / "images/p09.jpg").rename(root / "images/p09")),
                   "1 files without suffix .p09 for one.*call this one p09.jpg"),
-    "one label": (folder(masked=1), "no labelled image is left to train on; two are needed, as one is for validation: add",
+    "one label": (folder(masked=1), "no labelled image is left .*; two are needed, as one is for validation",
                   pictures("masks/p01.png", 1, part=1)),
     "two labels": (folder(masked=2), "1 of the 2 labelled"),
     "all labelled": (folder(count=8, masked=8), "no unlabelled image is left", paste,
