@@ -349,6 +349,18 @@ def test_a_supervised_run_needs_no_unlabelled_image_that_its_list_names(tmp_path
     assert "1 listed images are missing: gone" in problems(found, found.labelled, ["gone", "im7"])[0]
 
 
+def test_twins_are_equal_in_every_byte(tmp_path):
+    root, pixels = custom(tmp_path), np.zeros((64, 64, 3))
+    for first, expected in ((1, False), (0, True)):
+        for name, value in (("im0", 0), ("im4", first)):  # im4 is for validation
+            (root / f"JPEGImages/{name}.jpg").unlink(missing_ok=True)
+            pixels[0] = value  # far from the middle of the file
+            save(root / f"JPEGImages/{name}.bmp", pixels)
+        found = open_data("custom", root)
+        notes = check_data(found, found.labelled, [*{*found.train} - {*found.labelled}]).notes
+        assert any("im4.bmp: 1 validation images" in note for note in notes) == expected
+
+
 @pytest.mark.skipif(not CAMVID.exists(), reason="the CamVid folder is not beside this checkout")
 def test_camvid_is_such_a_folder():
     found = open_data("custom", CAMVID)

@@ -453,7 +453,7 @@ def test_colours_that_the_label_map_lacks_are_named(tmp_path):
     "", "# label:color_rgb:parts:actions\n", "car;0,0,142\n", "car:::\n", "car:0,0,256::\n",
     "car:0,0,1::\nroad:0,0,1::\n", "".join(f"c{i}:0,1,{i}::\n" for i in range(256))])
 def test_a_label_map_that_cannot_be_used(tmp_path, label_map):
-    refused_label_map(cvat_export(tmp_path, label_map), tmp_path / "labelmap.txt")
+    refused_label_map(cvat_export(tmp_path, label_map), tmp_path / "labelmap.txt", "not 1 to 255 lines of")
 
 
 def test_class_names_and_label_map_must_agree(tmp_path):
@@ -504,6 +504,12 @@ def test_what_is_not_known_of_a_colour_is_asked(tmp_path, mask, names, expected)
         assert proposed == expected
     again = report("--dataset", "custom", "--data-root", tmp_path, "--colours")[2]
     assert ("still has ? for a name" in again) == ("?" in proposed.values()) == ("in place of each ?" in said)
+
+
+def test_an_id_of_two_colours_says_of_neither_which_class_it_is(tmp_path):
+    mask, other = (indexed((0, 0, 0), colour) for colour in ((9, 0, 0), (0, 9, 0)))
+    proposed, _ = proposal(tmp_path, mask, "ab", test_cases.folder(other, masked=3, names="a\nb\n"))
+    assert proposed == {"0,0,0": "a", "9,0,0": "?", "0,9,0": "?"}
 
 
 @pytest.mark.parametrize("last, said", [(65535, "ignore:255,255,255"), (300, "not whole numbers"),
