@@ -730,6 +730,15 @@ def test_best_pth_in_place_of_last_pth_gets_a_line_of_its_own(whole, small, tmp_
     assert run(*EIGHT, "--out", out)[0] == 0
 
 
+def test_a_run_that_never_had_a_last_pth_begins_again(whole, small, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    for name in ("last.pth", "result.txt"):
+        (out / name).unlink()
+    assert run(*EIGHT, "--out", out)[0] == 0
+    assert_same_run(whole, out)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("there", [True, False])
 def test_a_best_pth_starts_another_run(tmp_path, monkeypatch, there):
