@@ -231,14 +231,14 @@ def unused(data, pixels):
     starts = Counter((path.parent, beginning(path)) for path in strays)
     several = [path for path in strays if (start := beginning(path)) and starts[path.parent, start] > 1]
     say(several, "masks like this one are one of several of an image, which has one mask, of its own stem; "
-                 "if each is of one class, merge them (see docs/own-photographs.md); else keep one of them "
-                 "and call it so")
+                 "if each is of one class, merge them (see docs/own-photographs.md); else keep one of them, "
+                 "under that stem")
     strays = [path for path in strays if path not in several]
     meant = owner(strays[0]) or beginning(strays[0]) if strays else None
     rename = f": call this one {meant}.png, and so on" if meant and meant not in data.masks else ""
     say(strays, f"masks like this one have no image of their name; a mask needs the stem of its image, and "
                 f"its folder, if several images have that stem{rename}")
-    unread(data, owner, lines)
+    lines += unread(data, owner)[:4]
     one_class = [name for name in pixels if len({*np.flatnonzero(pixels[name])} - {IGNORE}) == 1]
     say([data.masks[name] for name in one_class if pixels[name][IGNORE]],
         f"masks like this one hold one class alone, beside {IGNORE}, which is ignored; if {IGNORE} is a "
@@ -246,16 +246,19 @@ def unused(data, pixels):
     say([data.masks[name] for name in one_class if not pixels[name][IGNORE]],
         "masks like this one hold one class alone; if nobody annotated these, move them elsewhere: their "
         "images are unlabelled then")
-    unlisted = data.images.keys() - {*data.train, *data.val, *data.test}
-    say(sorted(data.images[name] for name in unlisted),
-        "photographs like this one are on no list in ImageSets/Segmentation, or in val/ without a mask, and "
-        "not used; to train on them, add them to train.txt, if it is there, or move them out of val/")
+    unlisted = sorted(data.images[name] for name in data.images.keys() - {*data.train, *data.val, *data.test})
+    if (data.root / "ImageSets/Segmentation/train.txt").exists():
+        say(unlisted, "photographs like this one are on no list in ImageSets/Segmentation; to train on them, "
+                      "add them to its train.txt")
+    else:
+        say(unlisted, "photographs in val/ have no mask, and are not used; add their masks, or move them to "
+                      "the training images")
     say([data.images[name] for name in data.test],
         "photographs in test/ are not trained on; evaluate.py takes a --list of them")
     twins = twins_of(data)
     say([*twins], f"validation images like this one are training images under another name, here "
         f"{short_list(twins.values(), 1)}; mIoU counts what was learnt by heart: keep one copy of each")
-    return lines[:6]
+    return lines
 
 
 def twins_of(data):
@@ -273,9 +276,9 @@ def twins_of(data):
     return {path: twin for path, twin in pairs.items() if path.read_bytes() == twin.read_bytes()}
 
 
-def unread(data, owner, lines):
+def unread(data, owner):
     """unused(): files that are not read, a line for those of a folder and a suffix."""
-    (photographs, masks), groups = data.folders, {}
+    (photographs, masks), groups, lines = data.folders, {}, []
     used = {*data.images.values(), *data.masks.values()}
     # Beside those that are read: where they lie in subfolders, the folder above must stay empty.
     new_image, new_mask = (min(files.values()).parent if files else folder
@@ -292,13 +295,13 @@ def unread(data, owner, lines):
             tails(name_in(data.root, path)))]
         if len(fresh) < len(paths) and among_masks and suffix in MASK_SUFFIXES:
             lines.append(f"{folder}: {len(paths) - len(fresh)} masks are not read, as {masks} has masks of "
-                         f"their names; move away those that are wrong, or left over")
-        meant, remedy = owner(fresh[0]) if fresh else None, "if they are photographs, convert them to JPEG"
-        seem_masks = fresh and (among_masks or suffix in IMAGE_SUFFIXES and (
-            any(map(MASK_FOLDER.fullmatch, parts)) or looks_like_mask(fresh[0])
-            or 2 * sum(bool(owner(path)) for path in fresh) > len(fresh)))
+                         f"their names; move away those that are wrong or left over")
         if not fresh or not (among_images or among_masks or suffix in IMAGE_SUFFIXES | HEIC_SUFFIXES):
             continue
+        meant, remedy = owner(fresh[0]), "if they are photographs, convert them to JPEG"
+        seem_masks = among_masks or suffix in IMAGE_SUFFIXES and (
+            any(map(MASK_FOLDER.fullmatch, parts)) or looks_like_mask(fresh[0])
+            or 2 * sum(bool(owner(path)) for path in fresh) > len(fresh))
         if seem_masks and alike[fresh[0].stem] > 1:
             remedy = (f"others have the same names: if each folder has the masks of one class, merge them "
                       f"(see docs/own-photographs.md); else move those of one folder into {new_mask}/")
@@ -306,7 +309,7 @@ def unread(data, owner, lines):
             rename = f", this one as {meant}{suffix}, and so on" if meant else ""
             remedy = f"if they are masks, move them into {new_mask}/{rename}"
         elif seem_masks:
-            remedy = f"if they are masks, export them again, as PNGs, into {new_mask}/: JPEG changes ids"
+            remedy = f"if they are masks, export them again, as PNGs, into {new_mask}/: those keep ids exact"
         elif suffix in IMAGE_SUFFIXES:
             remedy = f"to train on them, move them into {new_image}/, each under a name of its own"
         elif suffix in (".json", ".xml", ".txt"):
@@ -315,3 +318,4 @@ def unread(data, owner, lines):
             remedy = f"if they are photographs, call this one {fresh[0].name}.jpg, and so on"
         lines.append(f"{folder}: {len(fresh)} files {suffix or 'without suffix'} ({fresh[0].name} for one) "
                      f"are not read; {remedy}")
+    return lines

@@ -351,12 +351,12 @@ def with_ids(folder, files, images=None):
         found.setdefault(next((way for way in tails(name) if way in (images or ())), own), []).append(path)
     clashes = [paths for paths in found.values() if len(paths) > 1]
     if clashes:
-        text = (f"images like theirs have several masks, as if each were of one class; merge them into one "
-                f"mask an image, directly in {folder}/, as docs/own-photographs.md has it")
+        text = (f"one image has both as its mask, as if each were of one class ({len(clashes)} such images); "
+                f"merge the masks of an image into one, directly in {folder}/: see docs/own-photographs.md")
         if images is None:
-            text = (f"pairs of files like these have one name; rename one of each, or, if one is a mask, "
+            text = (f"have one name ({len(clashes)} such pairs); rename one of each, or, if one is a mask, "
                     f"move it into a folder masks/ beside {folder.name}/")
-        raise InputError(f"{clashes[0][0]} and {clashes[0][1]}: {len(clashes)} {text}")
+        raise InputError(f"{clashes[0][0]} and {clashes[0][1]}: {text}")
     return {name: path for name, (path,) in found.items()}
 
 

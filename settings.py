@@ -247,14 +247,13 @@ def check(args, given):
     demand(args.crop_size >= 2 * args.output_stride,
            f"--crop-size {args.crop_size}: too small for an output stride of {args.output_stride}; at least "
            f"{2 * args.output_stride}")
-    ranks = world_size()
-    parts = ranks * args.accumulate
+    parts = world_size() * args.accumulate
     demand(args.batch_size % parts == 0,
-           f"--batch-size {args.batch_size}: {ranks} ranks with --accumulate {args.accumulate} cannot split "
-           f"it evenly; give a multiple of {parts}, or another --accumulate")
-    demand(not args.supervised or args.batch_size > parts or (args.cuda and ranks > 1),
-           f"--batch-size {args.batch_size}: {ranks} ranks with --accumulate {args.accumulate} leave "
-           f"BatchNorm one image at a time, and it needs two; give {2 * parts}")
+           f"--batch-size {args.batch_size}: cannot be split into {parts} equal parts, the ranks times "
+           f"--accumulate; give a multiple of {parts}, or another --accumulate")
+    demand(not args.supervised or args.batch_size > parts or (args.cuda and world_size() > 1),
+           f"--batch-size {args.batch_size}: split into {parts}, the ranks times --accumulate, it leaves "
+           f"BatchNorm one image at a time, and two are needed; give {2 * parts}")
 
 
 def step_memory(args, ranks=1):

@@ -527,15 +527,15 @@ CASES = {
         both(folder(images="images/a", masked=3), folder(images="images/a", masks="images/labels")),
         "6 files like this one look like masks, and are read as photographs; move them elsewhere",
         move("images/labels/*.png", "elsewhere")),
-    "a photograph and its mask": (folder(masks="images"), "6 pairs of files .*if one is a mask, move it "
-                                  "into a folder masks/ beside images/",
+    "a photograph and its mask": (folder(masks="images"), "have one name .6 such pairs.; .*if one is a mask, "
+                                  "move it into a folder masks/ beside images/",
                                   move("images/*.png", "masks")),
     "masks of 16 bits among photographs": (
         folder(lambda labels: labels.astype(np.uint16), masks="images", name="p{:02d}_x.png"),
         "p00_x.png: has more than 8 bits a channel .and 5 more.; it looks like a mask: move it to the masks",
         move("images/*.png", "masks", without("_x"))),
-    "a folder for each class": (one_class_each, "background/p00.png and .*thing/p00.png: 6 images .*merge",
-                                merge),
+    "a folder for each class": (one_class_each, "background/p00.png and .*thing/p00.png: one image has both "
+                                ".*6 such images.; merge", merge),
     "a folder for each image": (lambda root: one_class_each(root, "p{1:02d}/{0}.png"),
                                 "12 masks like this one are one of several of an image, .*merge them", merge),
     "folders for each class beside": (
@@ -579,7 +579,7 @@ CASES = {
                   move("images/p\udce9.jpg", "images", lambda _: "q.jpg")),
     "not UTF-8, and unused": (files(HEIC, "images/p\udce9.heic"), r"1 files .heic .p\\udce9.heic for one"),
     "two of one stem": (both(folder(), lambda root: save(scene(3)[0], root / "images/p02.png")),
-                        "1 pairs of files like these have one name; rename", remove("images/p02.png"),
+                        "have one name .1 such pairs.; rename", remove("images/p02.png"),
                         move("images/p02.png", "images", lambda _: "q.png")),
     # Files that cannot be read, and odd ones that can
     "turned by EXIF": (both(folder(), lambda root: [
@@ -679,7 +679,7 @@ NOTES = {
                                  (root / f"images/{name}.jpg").unlink() for i in range(3) for name in (
                                      f"train/p{i:02d}", f"train/copy{i:02d}")]),
     "val/ without masks": (both(train_and_val, folder(images="images/val", masked=0, image="w{}.jpg")),
-                           "12 photographs .* in val/ without a mask, and not used",
+                           "12 photographs in val/ have no mask, and are not used",
                            move("images/val/w*", "images/train")),
 }
 

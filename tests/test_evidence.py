@@ -142,7 +142,7 @@ def test_a_table_on_the_real_layout_runs_stops_and_resumes(tmp_path, monkeypatch
 
     # A printed command, pasted, finds the run finished.
     printed, = tables("--dry-run", *call)[1].splitlines()
-    pasted = subprocess.run(printed, shell=True, cwd=tmp_path, text=True, capture_output=True,
+    pasted = subprocess.run(shlex.split(printed), cwd=tmp_path, text=True, capture_output=True,
                             env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
     assert pasted.returncode == 0 and "mean IoU" in pasted.stdout, pasted.stderr
 

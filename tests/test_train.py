@@ -602,7 +602,7 @@ CASES = {
                     "list.txt: is empty; write one id per line"),
     "not a photograph": (lambda r: replace(r / "JPEGImages/im7.jpg", "hello"), "", "im7.jpg: cannot be read"),
     "two files for one id": (lambda r: save(r / "JPEGImages/im7.png", np.zeros((2, 2))), "",
-                             "pairs of files like these have one name"),
+                             "have one name .1 such pairs.; rename one"),
     "no weights": (None, "--weights {root}/absent.pth", "absent.pth: no such file"),
     "no weights' file": (lambda r: replace(r / "w.pth", "hello"), "--weights {root}/w.pth",
                          "w.pth: not a file of"),
