@@ -9,22 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
-from data import (
-    HEIC_SUFFIXES,
-    IGNORE,
-    IMAGE_SUFFIXES,
-    MASK_FOLDERS,
-    MASK_SUFFIXES,
-    OLD_MASKS,
-    InputError,
-    looks_like_mask,
-    name_in,
-    reading,
-    short_list,
-    tails,
-    walk,
-    written,
-)
+from data import (HEIC_SUFFIXES, IGNORE, IMAGE_SUFFIXES, MASK_FOLDERS, MASK_SUFFIXES, OLD_MASKS, InputError,
+                  looks_like_mask, name_in, reading, short_list, tails, walk, written)
 from ranks import progress
 
 # No pictures: a system's own files, and those in which programs note where on earth a picture lies.

@@ -19,17 +19,8 @@ from batches import loaded, normalize, picture_to_tensor
 from check import check_classes, check_files
 from data import IGNORE, InputError, open_data, read_list, reading, short_list
 from model import DeepLabV3Plus
-from ranks import (
-    command_line,
-    demand_same_lists,
-    join,
-    progress,
-    rank,
-    say,
-    sum_over_ranks,
-    together,
-    world_size,
-)
+from ranks import (command_line, demand_same_lists, join, progress, rank, say, sum_over_ranks, together,
+                   world_size)
 
 WHOLE_IMAGE_PIXELS = 2048 * 1024  # a larger image goes through windows, so that memory is bounded
 

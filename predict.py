@@ -15,19 +15,8 @@ import torch
 from PIL import Image
 
 from data import HEIC_SUFFIXES, IMAGE_SUFFIXES, InputError, files_in, open_photograph, tails
-from evaluate import (
-    autocast,
-    caption,
-    class_caption,
-    colourize,
-    confidence_map,
-    decoded,
-    load_model,
-    predict,
-    results_into,
-    to_pictures,
-    with_legend,
-)
+from evaluate import (autocast, caption, class_caption, colourize, confidence_map, decoded, load_model,
+                      predict, results_into, to_pictures, with_legend)
 from hardness import ratio_of_maxima, weighted_iou
 from ranks import command_line, progress
 

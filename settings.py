@@ -6,7 +6,6 @@ flag says otherwise.
 
 import argparse
 import os
-import sys
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -271,26 +270,18 @@ def step_memory(args, ranks=1):
     return (weights + images * kept) * (3 + args.channels / 256) / 4  # the decoder's part is a quarter
 
 
-def check_memory(args, argv=None):
+def check_memory(args):
     """On a CPU, refuse a step that its memory cannot hold, by an InputError with flags under which it fits.
-
-    argv: the flags that args were made of. Returns a line where a step fits but is large, else "".
-    """
-    ranks, have = world_size(), machine_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    need = 1.15 * step_memory(args, ranks)  # what the tensors take does not count all
+    Returns a line where a step fits but is large, else ""."""
+    need = 1.15 * step_memory(args, world_size())  # what the tensors take does not count all
     if args.cuda or need < 1:
         return ""
+    have = machine_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     size = f"a step of {args.backbone} with crops of {args.crop_size} takes about {need:.1f} GiB"
-    if need < have:
-        return f"{size}, and is slow on a CPU; --small is made for one"
-    others = {"--small": parse_arguments([*(sys.argv[1:] if argv is None else argv), "--small"])}
-    share = args.batch_size // ranks
-    for n in range(2, share // 2 + 1):
-        if share % n == 0:
-            others[f"--accumulate {n}"] = replace(args, accumulate=n)
-    fitting = [flag for flag, other in others.items() if 1.15 * step_memory(other, ranks) < have]
-    raise InputError(f"{size}, and each process has {have:.1f}; give "
-                     f"{' or '.join(fitting[:2]) or 'a smaller --crop-size'}")
+    if need > have:
+        raise InputError(f"{size}, and each process has {have:.1f}; give --small, and leave out --backbone, "
+                         f"--channels, --crop-size and --batch-size")
+    return f"{size}, and is slow on a CPU; --small is made for one"
 
 
 def machine_memory():

@@ -5,17 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from augment import (
-    INTENSITY_OPERATIONS,
-    blend_intensity,
-    box_masks,
-    cutmix,
-    hard_easy_pairs,
-    pad,
-    random_boxes,
-    strong_augment,
-    weak_augment,
-)
+from augment import (INTENSITY_OPERATIONS, blend_intensity, box_masks, cutmix, hard_easy_pairs, pad,
+                     random_boxes, strong_augment, weak_augment)
 
 
 def rng(*seed):

@@ -6,18 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from hardness import (
-    IGNORE,
-    confidence_hardness,
-    confident_ratio,
-    instance_hardness,
-    loss_hardness,
-    pixel_cross_entropy,
-    pseudo_label,
-    top_class,
-    unsupervised_loss,
-    weighted_iou,
-)
+from hardness import (IGNORE, confidence_hardness, confident_ratio, instance_hardness, loss_hardness,
+                      pixel_cross_entropy, pseudo_label, top_class, unsupervised_loss, weighted_iou)
 
 
 def one_hot(classes, num_classes, confidence=1.0):

@@ -40,27 +40,11 @@ from batches import CUTMIX, TrainingDraws, generator, normalize
 from check import check_data
 from data import IGNORE, InputError, open_data, split_ids
 from evaluate import autocast
-from hardness import (
-    confidence_hardness,
-    instance_hardness,
-    loss_hardness,
-    pixel_cross_entropy,
-    pseudo_label,
-    unsupervised_loss,
-)
+from hardness import (confidence_hardness, instance_hardness, loss_hardness, pixel_cross_entropy,
+                      pseudo_label, unsupervised_loss)
 from model import DeepLabV3Plus, update_teacher
-from ranks import (
-    average_buffers,
-    command_line,
-    demand_same_lists,
-    gather,
-    join,
-    own,
-    rank,
-    say,
-    together,
-    world_size,
-)
+from ranks import (average_buffers, command_line, demand_same_lists, gather, join, own, rank, say, together,
+                   world_size)
 from run_folder import Run, RunError
 from settings import check_memory, parse_arguments
 
@@ -330,7 +314,7 @@ def main(argv=None):
     torch.backends.cudnn.benchmark = device.type == "cuda"
     try:
         args = together(parse_arguments, argv)
-        if note := together(check_memory, args, argv):
+        if note := together(check_memory, args):
             say(note)
         train(args, device)
     except RuntimeError as error:  # on this rank, perhaps alone: torchrun ends the others

@@ -13,18 +13,8 @@ import evaluate
 import ranks
 from batches import normalize, picture_to_tensor
 from data import InputError, SegmentationData, Shapes, open_data
-from evaluate import (
-    colourize,
-    confidence_map,
-    confusion_matrix,
-    load_checkpoint,
-    load_model,
-    mean_iou,
-    panel,
-    predict,
-    sliding_window,
-    window_starts,
-)
+from evaluate import (colourize, confidence_map, confusion_matrix, load_checkpoint, load_model, mean_iou,
+                      panel, predict, sliding_window, window_starts)
 from model import DeepLabV3Plus
 from test_data import custom, save
 from test_train import launch
