@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from torchvision.datasets import Cityscapes
 
 from shapes import SHAPES_CLASSES, draw_shapes
 
@@ -33,14 +34,7 @@ VOC_CLASSES = [
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
     "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
     "tvmonitor"]
-CITYSCAPES = {  # class: (its labelId, its colour), in the order of the 19 training ids
-    "road": (7, (128, 64, 128)), "sidewalk": (8, (244, 35, 232)), "building": (11, (70, 70, 70)),
-    "wall": (12, (102, 102, 156)), "fence": (13, (190, 153, 153)), "pole": (17, (153, 153, 153)),
-    "traffic light": (19, (250, 170, 30)), "traffic sign": (20, (220, 220, 0)),
-    "vegetation": (21, (107, 142, 35)), "terrain": (22, (152, 251, 152)), "sky": (23, (70, 130, 180)),
-    "person": (24, (220, 20, 60)), "rider": (25, (255, 0, 0)), "car": (26, (0, 0, 142)),
-    "truck": (27, (0, 0, 70)), "bus": (28, (0, 60, 100)), "train": (31, (0, 80, 100)),
-    "motorcycle": (32, (0, 0, 230)), "bicycle": (33, (119, 11, 32))}
+CITYSCAPES = sorted((c for c in Cityscapes.classes if 0 <= c.train_id < IGNORE), key=lambda c: c.train_id)
 TRAINING_SETS = {"voc": 10582, "voc_classic": 1464, "cityscapes": 2975}  # what a split is a part of
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 HEIC_SUFFIXES = {".heic", ".heif"}  # photographs too, which Pillow cannot read
@@ -117,7 +111,7 @@ class SegmentationData:
                              + self.colours_remedy("replace the mask"))
         if self.dataset == "cityscapes" and path.name.endswith("_labelIds.png"):
             training_ids = np.full(256, IGNORE, np.uint8)
-            training_ids[[label_id for label_id, _ in CITYSCAPES.values()]] = range(19)
+            training_ids[[c.id for c in CITYSCAPES]] = range(19)
             labels = np.where(labels > IGNORE, labels, training_ids[labels.clip(max=IGNORE)])
         return labels, palette
 
@@ -440,8 +434,8 @@ def open_cityscapes(root):
             for kind in ("labelIds", "labelTrainIds"):
                 if (city / f"{name}_gtFine_{kind}.png").exists():
                     masks[name] = city / f"{name}_gtFine_{kind}.png"
-    return SegmentationData(list(CITYSCAPES), [colour for _, colour in CITYSCAPES.values()], images,
-                            masks, lists["train"], lists["val"], lists["train"])
+    return SegmentationData([c.name for c in CITYSCAPES], [c.color for c in CITYSCAPES], images, masks,
+                            lists["train"], lists["val"], lists["train"])
 
 
 def open_custom(root):
