@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import re
 import runpy
+import shlex
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
@@ -104,7 +105,7 @@ def main(folder, *command):
     its own would import torch anew."""
     os.chdir(folder)
     torch.set_num_threads(1)
-    for name in ("train", "run_folder", "evaluate", "predict"):  # imported before, they hold another network
+    for name in ("train", "run_folder", "evaluate", "predict", "evidence"):  # of another network
         sys.modules.pop(name, None)
     sys.argv = [str(TOOL), *command]
     with open("log", "w") as log, redirect_stdout(log), redirect_stderr(log):
@@ -114,7 +115,8 @@ def main(folder, *command):
 @pytest.mark.slow
 def test_a_run_is_stopped_resumed_evaluated_and_predicted_with(tmp_path):
     def start(command):
-        process = multiprocessing.get_context("fork").Process(target=main, args=(tmp_path, *command.split()))
+        fork = multiprocessing.get_context("fork")
+        process = fork.Process(target=main, args=(tmp_path, *shlex.split(command)))
         process.start()
         return process
 
@@ -140,3 +142,13 @@ def test_a_run_is_stopped_resumed_evaluated_and_predicted_with(tmp_path):
     assert trained == evaluated
     finish(start("predict out/last.pth mine/JPEGImages/im9.jpg --out predictions"))
     assert (tmp_path / "predictions" / "im9.png").exists()
+
+    custom(tmp_path / "all", 12, 12)
+    said = finish(start("evidence --rows lite0_labels --only 'Lite0 HagSeg, hardest added' --data-root all "
+                        "--out evidence -- --weights none --channels 8 --crop-size 32 --batch-size 2 "
+                        "--iters 2 --eval-every 2"))
+    assert re.findall(r"\| (Lite0 .*?) \|", said) == ["Lite0 HagSeg", "Lite0 HagSeg, hardest added"]
+    few, more = (torch.load(tmp_path / "evidence" / f"Lite0_HagSeg{row}-1" / "last.pth", weights_only=True)
+                 for row in ("", "_hardest_added"))
+    assert "layer1.0.0.weight" in more["teacher"]
+    assert len(more["lists"]["labelled"]) == 2 * len(few["lists"]["labelled"])

@@ -3,6 +3,7 @@
     python tools/evidence.py --rows table4 fig3a readings --seeds 3 --jobs 2
     python tools/evidence.py --rows labels --seeds 5 --classes rings rows columns checker
     python tools/evidence.py --rows camvid camvid160 --seeds 3 --data-root PATH/TO/camvid
+    python tools/lite0.py evidence --rows lite0 --seeds 3 --data-root PATH/TO/camvid
     python tools/evidence.py --rows table1 --data-root data/voc --ranks 8 [--dry-run]
     python tools/evidence.py --named runs/evidence/HagSeg-1/last.pth [--tau 0.95]
 
@@ -48,6 +49,9 @@ CAMVID = ("--dataset custom --split 1_8 --weights none --backbone resnet18 --cha
           "--iters 1000 --eval-every 5")
 # Of a flag given twice, the last counts.
 CAMVID160 = f"{CAMVID} --image-size 160 --crop-size 96 --batch-size 4 --iters 3000"
+# For the network of tools/lite0.py, which starts from ImageNet; the learning rates are of a first trial.
+LITE0 = ("--dataset custom --split 1_8 --channels 64 --image-size 128 --crop-size 64 --batch-size 4 "
+         "--lr 0.02 --encoder-lr 0.005 --tau 0.7 --iters 6000 --eval-every 12")
 TABLE4 = {  # row: its flags, the paper's mIoU (VOC 1/8, ResNet-101)
     "supervised": ("--supervised", "72.1"),
     "standard loss": ("--loss standard --intensity none --cutmix none", "74.7"),
@@ -77,8 +81,15 @@ for name, settings in (("CamVid", CAMVID), ("CamVid160", CAMVID160)):
     GROUPS[name.lower()] = {f"{name} {row}": f"{settings} {flags}"
                             for group in ("table4", "fig3a", "readings")
                             for row, flags in GROUPS[group].items()}
-GROUPS["camvid_labels"] = {f"CamVid {row}": f"{CAMVID} {flags.replace('{', '{CamVid ')}"
-                           for row, flags in GROUPS["labels"].items()}
+LITE0_ROWS = GROUPS["table4"] | {
+    f"lambda_u {lambda_u}, tau {tau}": f"--lambda-u {lambda_u} --tau {tau}"
+    for lambda_u, tau in ((1, 0.7), (1, 0.9), (1, 0.95), (1, 0.99), (0.5, 0.95), (3, 0.95))} | {
+    "supervised, twice as long": "--supervised --iters 12000", "HagSeg, twice as long": "--iters 12000"}
+GROUPS["lite0"] = {f"Lite0 {row}": f"{LITE0} {flags}" for row, flags in LITE0_ROWS.items()}
+for name, settings in (("CamVid", CAMVID), ("Lite0", LITE0)):
+    GROUPS[f"{name.lower()}_labels"] = {
+        f"{name} {row}": f"{settings} {flags.replace('{', f'{{{name} ')}"
+        for row, flags in GROUPS["labels"].items() if name == "CamVid" or "--weights" not in flags}
 
 PAPER = {}  # row: the paper's mIoU; below, its supervised training, HagSeg, and HagSeg at stride 8
 for table, dataset, backbone, splits, *numbers in (
@@ -120,6 +131,13 @@ def folder(row, seed, args):
     return args.out / f"{row.replace(' ', '_').replace(',', '')}-{seed}"
 
 
+def script(name):
+    """How a script is called: behind tools/lite0.py, if that has called this one."""
+    if Path(sys.argv[0]).name == "lite0.py":
+        return [os.path.relpath(sys.argv[0]), name]
+    return [os.path.relpath(ROOT / f"{name}.py")]
+
+
 def command(row, flags, seed, args):
     """The command of a run, as a list; as it is printed it can be pasted into a shell."""
     bases = {base: shlex.quote(str(folder(base, seed, args))) for base in args.bases}
@@ -128,7 +146,7 @@ def command(row, flags, seed, args):
             *(["--data-root", args.data_root] if args.data_root else [])]
     accumulate = args.accumulate or accumulation(parse_arguments(more), args.ranks or 1, args.memory)
     return [*(["torchrun", f"--nproc_per_node={args.ranks}"] if args.ranks else ["python"]),
-            os.path.relpath(ROOT / "train.py"), *more,
+            *script("train"), *more,
             *(["--accumulate", str(accumulate)] if accumulate > 1 else [])]
 
 
@@ -196,7 +214,7 @@ def choose_labels(out, seed):
     photographs.mkdir(exist_ok=True)
     for name in unlabelled:
         data.image(name).save(photographs / f"{name}.png")
-    subprocess.run([sys.executable, ROOT / "predict.py", out / "last.pth", photographs, "--hardness",
+    subprocess.run([sys.executable, *script("predict"), out / "last.pth", photographs, "--hardness",
                     "--out", predictions], check=True, stdout=subprocess.DEVNULL)
     with open(predictions / "hardness.csv", newline="") as file:
         ranked = [Path(row["file"]).stem for row in csv.DictReader(file)]  # hardest first
