@@ -14,7 +14,8 @@ from data import (HEIC_SUFFIXES, IGNORE, IMAGE_SUFFIXES, MASK_FOLDERS, MASK_SUFF
 from ranks import progress
 
 # No pictures: a system's own files, and those in which programs note where on earth a picture lies.
-SIDE_FILES = re.compile(r"thumbs\.db|desktop\.ini|.*\.(?:[a-z]{1,2}[gf]wx?|wld|ovr|prj|aux\.xml)", re.I)
+SIDE_FILES = re.compile(r"thumbs\.db|.*\.ini|icon\r|.*:zone\.identifier|"
+                        r".*\.(?:[a-z]{1,2}[gf]wx?|wld|ovr|prj|aux\.xml|aae|xmp|thm)", re.I)
 # What folders and files of masks are called, by Segments.ai, Cityscapes, fastai, nnU-Net and others.
 MASK_FOLDER = re.compile(r"(?:.*[-_ ]|train|val|test)?(?:masks?|labels?|gts?|segm?\w*|annots?|annotations?|"
                          r"ground.?truths?)(?:[-_ ].*|tr|ts|ids|\d*)", re.I)
@@ -208,8 +209,10 @@ def unused(data, pixels):
         return sorted(paths, key=lambda path: (not owner(path), path))
 
     copies = named_first(path for path in data.images.values() if owner(path) or looks_like_mask(path))
+    if any(data.images.get(name) in copies for name in data.masks):  # scans have few colours, too
+        copies = [path for path in copies if owner(path)]
     meant = owner(copies[0]) if copies else None
-    place = f"into {masks}/" + (f", this one as {meant}.png, and so on" if meant else "")
+    place = f"into {masks}/" + (f", this one as {meant}{copies[0].suffix}, and so on" if meant else "")
     if copies and {meant, copies[0].stem} & data.masks.keys():
         place = "elsewhere"
     say(copies, f"files like this one look like masks, and are read as photographs; move them {place}")
@@ -221,26 +224,28 @@ def unused(data, pixels):
                  "under that stem")
     strays = [path for path in strays if path not in several]
     meant = owner(strays[0]) or beginning(strays[0]) if strays else None
-    rename = f": call this one {meant}.png, and so on" if meant and meant not in data.masks else ""
+    rename = ""
+    if meant and meant not in data.masks:
+        rename = f": call this one {meant}{strays[0].suffix}, and so on"
     say(strays, f"masks like this one have no image of their name; a mask needs the stem of its image, and "
                 f"its folder, if several images have that stem{rename}")
     lines += unread(data, owner)[:4]
-    one_class = [name for name in pixels if len({*np.flatnonzero(pixels[name])} - {IGNORE}) == 1]
-    say([data.masks[name] for name in one_class if pixels[name][IGNORE]],
+    held = {name: {*np.flatnonzero(counts)} for name, counts in pixels.items()}
+    say([data.masks[name] for name, ids in held.items() if len(ids) == 2 and IGNORE in ids],
         f"masks like this one hold one class alone, beside {IGNORE}, which is ignored; if {IGNORE} is a "
         f"class in them, export them again, with its id")
-    say([data.masks[name] for name in one_class if not pixels[name][IGNORE]],
-        "masks like this one hold one class alone; if nobody annotated these, move them elsewhere: their "
-        "images are unlabelled then")
+    say([data.masks[name] for name, ids in held.items() if len(ids) == 1],
+        f"masks like this one hold one class, or {IGNORE}, alone; if nobody annotated these, move them "
+        f"elsewhere: their images are unlabelled then")
     unlisted = sorted(data.images[name] for name in data.images.keys() - {*data.train, *data.val, *data.test})
-    if (data.root / "ImageSets/Segmentation/train.txt").exists():
+    if any(path.name.lower() == "train.txt" for path in (data.root / "ImageSets/Segmentation").glob("*")):
         say(unlisted, "photographs like this one are on no list in ImageSets/Segmentation; to train on them, "
                       "add them to its train.txt")
     else:
-        say(unlisted, "photographs in val/ have no mask, and are not used; add their masks, or move them to "
-                      "the training images")
+        say(unlisted, "photographs in val/ have no mask or are not in val.txt, and are not used; add what is "
+                      "lacking, or move them to the training images")
     say([data.images[name] for name in data.test],
-        "photographs in test/ are not trained on; evaluate.py takes a --list of them")
+        "photographs in test/ or on test.txt are not trained on; evaluate.py takes a --list of them")
     twins = twins_of(data)
     say([*twins], f"validation images like this one are training images under another name, here "
         f"{short_list(twins.values(), 1)}; mIoU counts what was learnt by heart: keep one copy of each")
@@ -255,7 +260,7 @@ def twins_of(data):
             return hash(file.read(4096))
 
     val, train = ([data.images[name] for name in names if os.path.exists(data.images.get(name, ""))]
-                  for names in (data.val, data.train))
+                  for names in (data.val, sorted({*data.train} - {*data.val})))
     sizes = {path.stat().st_size for path in val}
     known = {middle(path): path for path in train if path.stat().st_size in sizes}
     pairs = {path: known[middle(path)] for path in val if middle(path) in known}
@@ -298,7 +303,7 @@ def unread(data, owner):
             remedy = f"if they are masks, export them again, as PNGs, into {new_mask}/: those keep ids exact"
         elif suffix in IMAGE_SUFFIXES:
             remedy = f"to train on them, move them into {new_image}/, each under a name of its own"
-        elif suffix in (".json", ".xml", ".txt"):
+        elif suffix in (".json", ".xml", ".txt", ".csv"):
             remedy = "masks are read, not annotations: export index PNGs of them"
         elif not suffix:
             remedy = f"if they are photographs, call this one {fresh[0].name}.jpg, and so on"

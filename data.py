@@ -37,6 +37,7 @@ VOC_CLASSES = [
 CITYSCAPES = sorted((c for c in Cityscapes.classes if 0 <= c.train_id < IGNORE), key=lambda c: c.train_id)
 TRAINING_SETS = {"voc": 10582, "voc_classic": 1464, "cityscapes": 2975}  # what a split is a part of
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+TEST = "test(ing)?"  # what the folder of a test set is called
 HEIC_SUFFIXES = {".heic", ".heif"}  # photographs too, which Pillow cannot read
 MASK_SUFFIXES = {".png", ".tif", ".tiff", ".bmp", ".gif", ".npy"}  # lossless
 MASK_FOLDERS = ("SegmentationClassPNG", "SegmentationClass", "masks")
@@ -168,6 +169,8 @@ def read_mask(path):
         if path.suffix.lower() == ".npy":
             return whole_numbers(np.load(path)), None
         with Image.open(path) as opened:
+            if opened.format in ("JPEG", "MPO") or getattr(opened, "n_frames", 1) > 1:  # under any suffix
+                raise InputError(f"{path}: a JPEG, or of several pages; export it again, as a PNG")
             how, picture = str(opened.tile[:1]), upright(opened)
             if picture.mode in ("1", "L", "F") or picture.mode[0] == "I":
                 scale = 17 if "'L;4" in how else 85 if "'L;2" in how else 1  # as Pillow scales few bits
@@ -189,14 +192,11 @@ def colours_of(picture):
 
 def whole_numbers(pixels):
     """(H, W) numbers of any type as ids, and labelme's -1 as 255. Raises ValueError for others."""
-    if pixels.dtype.kind in "if":
-        pixels = np.where(pixels == -1, IGNORE, pixels)
-        if (pixels < 0).any() or (pixels % 1).any():
-            raise ValueError("not whole numbers from 0 on")
-        pixels = pixels.astype(np.int64)
-    if pixels.ndim != 2:
-        raise ValueError("not one number a pixel")
-    return pixels
+    signed = pixels.dtype.kind in "if"
+    pixels = np.where(pixels == -1, IGNORE, pixels) if signed else pixels
+    if pixels.ndim != 2 or signed and ((pixels < 0) | (pixels % 1 != 0)).any():
+        raise ValueError(f"not one whole number a pixel, from 0 on, with {IGNORE} where there is no class")
+    return pixels.astype(np.int64) if signed else pixels
 
 
 def read_colours(path):
@@ -251,7 +251,7 @@ def reading(path):
         return
     except InputError:
         raise
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         wrong = "broken symbolic link; remove it" if Path(path).is_symlink() else "no such file"
     except UnicodeError:
         wrong = "not UTF-8; save it as UTF-8"
@@ -281,9 +281,9 @@ def short_list(items, most=3):
 
 
 def walk(top, links_below=None):
-    """Yields the paths of the files below a folder, none hidden, a folder after the other and each folder
-    once, whatever links to it. With `links_below`, a look around: links to folders are followed only in those
-    folders, and folders that may not be read are passed over."""
+    """Yields the paths of the files below a folder, none hidden and no thumbnails of a Synology NAS, a folder
+    after the other and each once, whatever links to it. With `links_below`, a look around: links to folders
+    are followed only in those folders, and folders that may not be read are passed over."""
     def identity(folder):
         return os.stat(folder).st_dev, os.stat(folder).st_ino
 
@@ -296,7 +296,7 @@ def walk(top, links_below=None):
         with reading(folder):
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         for entry in entries:
-            if entry.name.startswith("."):
+            if entry.name.startswith((".", "@eaDir")):
                 continue
             if not entry.is_dir():
                 yield Path(entry.path)
@@ -324,9 +324,9 @@ def name_in(folder, path):
     return unicodedata.normalize("NFC", os.path.splitext(str(path)[len(str(folder)) + 1:])[0])
 
 
-def in_folder(name, *folders):
-    """Whether a path without suffix leads through a folder of one of these names."""
-    return not {*folders}.isdisjoint(name.lower().split("/")[:-1])
+def in_folder(name, pattern):
+    """Whether a path without suffix leads through a folder whose name has this pattern, in any case."""
+    return any(re.fullmatch(pattern, folder, re.IGNORECASE) for folder in name.split("/")[:-1])
 
 
 def with_ids(folder, files, images=None):
@@ -336,9 +336,9 @@ def with_ids(folder, files, images=None):
     names, found = [name_in(folder, path) for path in files], {}
     stem = {name: tails(name)[-1] for name in names}
     all_stems = Counter(stem.values())
-    but_test = Counter(stem[name] for name in stem if not in_folder(name, "test"))
+    but_test = Counter(stem[name] for name in stem if not in_folder(name, TEST))
     for path, name in zip(files, names):
-        alike = (all_stems if in_folder(name, "test") else but_test)[stem[name]]
+        alike = (all_stems if in_folder(name, TEST) else but_test)[stem[name]]
         own = stem[name] if alike == 1 else name
         if re.search("[\n\r\ud800-\udfff]", name):  # the latter: bytes that are no UTF-8
             raise InputError(f"{folder}: a file has the strange name {ascii(path.name)}; rename it")
@@ -458,10 +458,11 @@ def open_custom(root):
     masks, notes = with_ids(folder, files, images), []
 
     names = {image: name_in(photographs, path) for image, path in images.items()}
-    test = [image for image, name in names.items() if in_folder(name, "test")]
-    held_out = [image for image, name in names.items() if in_folder(name, "val", "valid", "validation")]
+    test = [image for image, name in names.items() if in_folder(name, TEST)]
+    held_out = [image for image, name in names.items() if in_folder(name, "val(id(ation)?)?")]
     listed = root / "ImageSets" / "Segmentation"
     lists = {path.name.lower(): path for path in sorted(listed.glob("*"))}
+    test += read_list(lists["test.txt"], images) if "test.txt" in lists else []
     train_list, val_list = lists.get("train.txt"), lists.get("val.txt") or lists.get("validation.txt")
     train = read_list(train_list, images) if train_list else images.keys() - {*test, *held_out}
     if val_list:
@@ -478,7 +479,7 @@ def open_custom(root):
     return SegmentationData(
         classes, own_palette(classes, label_map, masks), images, masks, train, val,
         [name for name in train if name in masks], notes, folders=(photographs, folder), label_map=label_map,
-        test=sorted(test))
+        test=sorted({*images} & {*test} - {*train, *val}))
 
 
 def own_palette(classes, label_map, masks):
@@ -506,7 +507,7 @@ def read_label_map(path):
     labels = {tuple(map(int, entry.groups()[1:4])): entry[1].strip() for entry in entries if entry}
     if not 0 < len(labels) == len(lines) or len({*labels.values()}) > IGNORE or max(map(max, labels)) > 255:
         raise InputError(f"{path}: not 1 to 255 lines of label:r,g,b:parts:actions, each of its own colour; "
-                         f"fix it")
+                         f"fix it, or remove it if the masks hold class ids")
     if "?" in labels.values():
         raise InputError(f"{path}: still has ? for a name; put the name of the colour's class there (ignore, "
                          f"if it is none)")
@@ -538,11 +539,11 @@ def read_class_names(path):
     other = [name for name in ("classes.txt", "labels.txt", "codes.txt") if path.with_name(name).exists()]
     comments = [name for name in names if re.match(r"#(\s|$)", name)]
     twice = [name for name, count in Counter(names).items() if count > 1]
-    numbered = [match.groups() for match in (re.match(r"(\d+)\b\W*(.*)", name) for name in names) if match]
-    numbers, rests = [int(number) for number, _ in numbered], {rest for _, rest in numbered}
+    matches = {i: match for i, name in enumerate(names) if (match := re.match(r"(\d+)\b\W*(.*)", name))}
+    numbers, rests = [int(match[1]) for match in matches.values()], {match[2] for match in matches.values()}
     first = 0 if 0 in numbers else 1
-    numbering = sorted(numbers) == [*range(first, first + len(names))] and (  # and not 1 inch, 2 inch
-        len(rests) == len(names) or rests == {""})
+    numbering = sorted(numbers) == [*range(first, first + len(numbers))] and (  # and not 1 inch, 2 inch
+        len(rests) == len(numbers) or rests == {""}) and len(names) - len(numbers) < 2 <= len(numbers)
     for wrong, text in (
             (not names, "missing or empty; write one class name a line, in the order of the ids"
                         + (f"; or rename {other[0]}, if it is that" if other else "")),
@@ -552,7 +553,7 @@ def read_class_names(path):
              f"{len(names)} lines; from 2 to {IGNORE} are needed, one class name a line, none of them empty: "
              f"a line's number, from 0, is its class id"),
             (twice, f"{short_list(twice)} is listed twice; give each class a name of its own"),
-            (numbering and numbers != [*range(len(names))],
+            (numbering and numbers != [*matches],  # of all lines, or all but a headline
              f"numbered {short_list(numbers)}, but a line's number, from 0, is its class id; write a line "
              f"for each id in the masks, from 0, without numbers")):
         if wrong:
@@ -604,22 +605,17 @@ def split_ids(data, dataset, split):
                              f"images of {dataset}, and {len(pool)} are here; complete them, or give "
                              f"a list of ids")
         positions = HERE / "splits" / dataset / f"{split}.txt"
-        if positions.exists():
-            labelled = [pool[int(p)] for p in read_list(positions)]
-        else:
-            labelled = pool[::SPLITS[split]]
+        labelled = ([pool[int(p)] for p in read_list(positions)] if positions.exists() else
+                    pool[::SPLITS[split]])
     elif split is None:
         labelled = pool
     elif Path(split).is_file():
         labelled = read_list(Path(split), data.images)
         unknown = sorted({*labelled} - {*data.train})
-        held_out = sorted({*unknown} & {*data.val})
-        if held_out:
-            raise InputError(f"--split {split}: validation images among the labelled ones: "
-                             f"{short_list(held_out)}; remove them")
         if unknown:
-            raise InputError(f"--split {split}: {len(unknown)} ids are not in {dataset}'s training "
-                             f"set: {short_list(unknown)}; fix the list or complete the data")
+            raise InputError(f"--split {split}: {len(unknown)} ids are not in {dataset}'s training set: "
+                             f"{short_list(unknown)}; take those of validation images off the list, or "
+                             f"complete the data")
     else:
         raise InputError(f"--split {split}: {dataset} has no such split and there is no such file; "
                          f"give one of {', '.join(SPLITS)}, or a list of ids")

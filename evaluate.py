@@ -319,7 +319,7 @@ def chosen_ids(args, data, state):
     if lists and (not args.data_root or with_mask.issuperset(lists["labelled"] + lists["val"])):
         return [name for name in lists["val"] if name in with_mask], "of the run's validation set"
     if data.notes and args.data_root:  # its validation set would be a guess
-        return sorted(data.val + data.labelled), f"with a mask in {data.root}"
+        return sorted(with_mask), f"with a mask in {data.root}"
     return data.val, f"of the validation set in {data.root}"
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from data import HEIC_SUFFIXES, IMAGE_SUFFIXES, InputError, files_in, open_photograph, tails
+from data import HEIC_SUFFIXES, IMAGE_SUFFIXES, InputError, files_in, open_photograph, short_list, tails
 from evaluate import (autocast, caption, class_caption, colourize, confidence_map, decoded, load_model,
                       predict, results_into, to_pictures, with_legend)
 from hardness import ratio_of_maxima, weighted_iou
@@ -86,19 +86,24 @@ def predict_files(model, state, paths, folder, device, pair=None):
         raise InputError(f"--out {folder}: the folder of a run, whose hardness.csv would be lost; give "
                          f"another --out")
     results = RESULTS | RANKING if pair else RESULTS
+    taken = {file.resolve() for file in photographs}  # no result may overwrite these
     for table in (folder / name for name in results if name.endswith(".csv")):
-        if table.exists() and not table.read_bytes().startswith(b"file,"):  # as write_table begins
+        rows = read_table(table) if table.exists() else [["file"]]
+        if not rows or rows[0][:1] != ["file"]:
             raise InputError(f"--out {folder}: its {table.name} is not of predict.py; give another --out")
+        others = [name for name, *_ in rows[1:] if Path(name).resolve() not in taken]
+        if others:
+            raise InputError(f"--out {folder}: its {table.name} has results of other photographs, "
+                             f"{short_list(others)}, which would be lost; give another --out")
     folder.mkdir(parents=True, exist_ok=True)
     classes, palette = state["classes"], state["palette"]
-    taken = {file.resolve() for file in photographs}  # no result may overwrite these
     areas, hardness = [], []
     for file in progress(photographs, "photographs"):
         mask, picture = folder / f"{file.stem}.png", folder / f"{file.stem}_overlay.png"
         try:
             if taken & {mask.resolve(), picture.resolve()} or mask.exists() and not picture.exists():
-                raise InputError(f"{file}: its results would overwrite {mask} or {picture}; predict it by "
-                                 f"itself, with another --out")
+                raise InputError(f"{file}: its results would overwrite {mask} or {picture}; predict it, "
+                                 f"or its folder, by itself, with another --out")
             image = decoded(open_photograph(file), file)
         except InputError as error:
             print(f"predict.py: {error}", file=sys.stderr)
@@ -137,6 +142,12 @@ def write_table(path, header, rows):
     temporary = Path(f"{path}.tmp")
     temporary.write_bytes(text.getvalue().encode(errors="surrogateescape"))
     os.replace(temporary, path)
+
+
+def read_table(path):
+    """The rows of a table that write_table wrote, the header first; of another CSV, what there is."""
+    text = path.read_bytes().decode(errors="surrogateescape")
+    return [row for row in csv.reader(io.StringIO(text, newline="")) if row]
 
 
 def print_hardest(ranked, lists):

@@ -383,12 +383,26 @@ CASES = {
                                  "TIFF of a kind that Pillow does not know.*; save it again as uint8",
                                  export_again),
     "masks as GIF": (folder(name="p{:02d}.gif"), "p00.gif: in colour", paste),
+    "masks as JPEG of another name": (
+        both(folder(masked=0), lambda root: [save(scene(i)[1], root / f"masks/p{i:02d}.png", format="JPEG")
+                                             for i in range(6)]),
+        "p00.png: a JPEG, or of several pages .and 5 more.; export it again, as a PNG", export_again),
+    "masks of pages": (
+        both(folder(masked=0), lambda root: [
+            save(1 - scene(i)[1], root / f"masks/p{i:02d}.tif", save_all=True,
+                 append_images=[Image.fromarray(scene(i)[1])]) for i in range(6)]),
+        "p00.tif: a JPEG, or of several pages .and 5 more.; export it again, as a PNG", export_again),
+    "masks of 255": (both(folder(), lambda root: [
+        save(np.full((32, 48), 255, np.uint8), root / f"masks/p{i:02d}.png") for i in (7, 8, 9)]),
+        "p07.png: 3 masks like this one hold one class, or 255, alone; if nobody annotated these, move them"),
     "masks as .npy": (as_arrays, "5 labelled  *6 unlabelled"),
     "grey of 4 bits": (files(grey_png(scene(0)[1]), "masks/p00.png"), None),
     "labels/": (folder(masks="labels"), "labels: 6 files .png .*if they are masks, move them into",
                 move("labels/*", "masks")),
     "p00_mask": (folder(name="p{:02d}_mask.png"), "6 masks like this .*: call this one p00.png",
                  move("masks/*", "masks", without("_mask"))),
+    "p00_mask.npy": (both(as_arrays, lambda root: move("masks/*", "masks", without(".", "_mask."))(root, 0)),
+                     ": call this one p00.npy", move("masks/*", "masks", without("_mask"))),
     "p00.jpg.png": (folder(name="p{:02d}.jpg.png"), ": call this one p00.png",
                     move("masks/*", "masks", without(".jpg"))),
     "other names": (folder(images="imgs", masks="gts", image="{:05d}_img.jpg", name="{:05d}_gt.png"),
@@ -405,10 +419,10 @@ CASES = {
     "a huge mask": (files(huge_png(), "masks/p00.png"), "p00.png: .*more than 178 megapix", export_again),
     "a mask of floats": (both(folder(), lambda root: save(
         np.full((32, 48), 0.5, np.float32), root / "masks/p00.png", format="TIFF")),
-        "p00.png: cannot be read .not whole numbers from 0 on.; replace or remove it", export_again),
+        "p00.png: cannot be read .not one whole number a pixel, .*; replace or remove it", export_again),
     "a mask of negative numbers": (both(folder(), lambda root: save(
         np.eye(32, 48, dtype=np.int32) - 2, root / "masks/p00.png", format="TIFF")),
-        "p00.png: cannot be read .not whole numbers from 0 on.; replace or remove it", export_again),
+        "p00.png: cannot be read .not one whole number a pixel, .*; replace or remove it", export_again),
     "transparency": (folder(transparent), "p00.png: in colour", export_with_colours),
     "two folders of masks": (both(folder(), folder(masks="SegmentationClass", masked=3)),
                              "masks: 3 masks are not read, as .*/SegmentationClass has masks of their names"),
@@ -435,6 +449,8 @@ CASES = {
                         texts("class_names.txt", "nothing\nbackground\nthing")),
     "a comment": (folder(names="# my classes\nbackground\nthing"), "# my classes.* would be the name of",
                   texts("class_names.txt", "background\nthing")),
+    "numbered below a headline": (folder(names="id,name\n0,background\n1,thing"), "numbered 0, 1, but",
+                                  texts("class_names.txt", "background\nthing")),
     "numbered from 0": (folder(names="0 background\n1 thing"), None),
     "classes.txt": (both(folder(names=None), lambda root: write(root / "classes.txt", "a\nb\n")),
                     "or rename classes.txt", move("classes.txt", ".", without("classes", "class_names"))),
@@ -447,6 +463,8 @@ CASES = {
     "CVAT, no background": (cvat("meadow:0,128,0::\nthing:184,61,245::\n", (MEADOW, DISC)), None),
     "CVAT, one class": (cvat("thing:184,61,245::\n"), "labelmap.txt: one class alone; add a line for",
                         black_is_background),
+    "names in labelmap.txt": (both(folder(), lambda root: write(root / "labelmap.txt", "background\nthing")),
+                              "; fix it, or remove it if the masks hold class ids", remove("labelmap.txt")),
     "CVAT, black has no line": (both(cvat("thing:184,61,245::\n"), lambda root: write(
         root / "class_names.txt", "background\nthing\n")), r"labelmap.txt lacks: \(0,0,0\).*; add a line for",
         black_is_background),
@@ -454,11 +472,14 @@ CASES = {
         root / "class_names.txt", "meadow\nthing\n")), "give what is ignored .black, where it has no line. a",
         lambda root, said: write(root / "labelmap.txt", "meadow:0,0,0\nthing:184,61,245::\n")),
     "CVAT, all have masks": (cvat(masked=12), "no unlabelled image is left", paste),
-    "CVAT, black where nobody was": (unannotated, "6 masks like this one hold one class alone; if nobody",
+    "CVAT, black where nobody was": (unannotated, "6 masks like this one hold one class, or 255, alone; if",
                                      move_masks(*(f"SegmentationClass/p{i:02d}.png" for i in range(6, 12))),
                                      paste),
-    "CVAT's lists": (both(cvat(), lists("p00 p01 p02 p07", "p03 p04", ("Train.txt", "Validation.TXT"))),
-                     "4 for training, 2 for valid"),
+    "CVAT's lists": (
+        both(cvat(), lists("p00 p01 p02 p07", "p03 p04", ("Train.txt", "Validation.TXT")),
+             lists("p05 p06", names=("Test.txt",))),
+        "4 for training, 2 for valid[^$]*p08.jpg: 4 photographs like this one are on no list in .*\n"
+        ".*p05.jpg: 2 photographs in test/ or on test.txt are not trained on"),
     "colours, and no names": (folder(coloured(MEADOW, DISC), names=None), "class_names.txt: missing",
                               names_and_colours),
     # What lies there unused
@@ -475,11 +496,15 @@ CASES = {
                     "images/more: 3 files .jpg .*not read"),
     "train/ and val/": (train_and_val, "3 of the 9 labelled images, those of the folder val/"),
     **{f"{name}/": (both(train_and_val, folder(images=f"images/{name}", masks=f"masks/{name}")),
-                    "12 for training, 3 for validation$") for name in ("test", "Test")},
+                    "12 for training, 3 for validation$") for name in ("test", "Testing")},
     "test/, of other names": (
         both(train_and_val,
              folder(images="images/test", masks="masks/test", image="t{}.jpg", name="t{}.png")),
-        "test/t0.jpg: 12 photographs in test/ are not trained on; evaluate.py takes a --list of them"),
+        "t0.jpg: 12 photographs in test/ or on test.txt are not trained on; evaluate.py takes a --list of"),
+    "val.txt and test.txt": (both(folder(), lists("p04 p11", "p05", ("test.txt", "val.txt"))),
+                             "9 for training, 1 for validation$"),
+    "val.txt names some of val/": (both(train_and_val, lists(val="v0 v1")),
+                                   "v2.jpg: 1 photographs in val/ have no mask or are not in val.txt"),
     "val/ beside train.txt": (both(train_and_val, lists("p00 p01 p02 p07 p08 p09")),
                               "3 of the 6 labelled images, those of the folder val/"),
     "photographs above subfolders": (
@@ -497,6 +522,15 @@ CASES = {
                                      texts(f"{LISTS}/train.txt", "p00\np01\np02\np07\np08\n")),
     "hidden files": (files(b"\0\5\x16\7" + bytes(99), "images/.DS_Store", "images/._p00.jpg",
                            "masks/._p00.png", "masks/Thumbs.db", "images/desktop.ini"), None),
+    "files beside photographs": (files(
+        b"", "images/Icon\r", "images/p00.AAE", "images/p00.xmp", "images/Picasa.ini", "masks/Icon\r",
+        *(f"{name}:Zone.Identifier" for name in ("images/p00.jpg", "masks/p00.png"))), None),
+    "thumbnails of a NAS": (both(folder(images="images/a"), folder(
+        images="images/a/@eaDir/p00.jpg", image="thumb{}.jpg", masked=0)), "custom: 12 images, 6 masks"),
+    "scans": (both(folder(images="scans"), lambda root: (root / "images").mkdir(), lambda root: [
+        save(one_bit(scene(i)[1]), root / f"images/p{i:02d}.png") for i in range(12)],
+        lambda root: shutil.rmtree(root / "scans")), None),
+    "_classes.csv": (files(b"", "images/_classes.csv"), "masks are read, not annotations"),
     "annotations": (both(folder(masked=0), lambda root: write(root / "images/p00.json", "{}")),
                     "1 files .json .*export index PNGs of them\nno labelled image.* the stem of its image",
                     lambda root, said: folder()(root)),
@@ -679,7 +713,7 @@ NOTES = {
                                  (root / f"images/{name}.jpg").unlink() for i in range(3) for name in (
                                      f"train/p{i:02d}", f"train/copy{i:02d}")]),
     "val/ without masks": (both(train_and_val, folder(images="images/val", masked=0, image="w{}.jpg")),
-                           "12 photographs in val/ have no mask, and are not used",
+                           "12 photographs in val/ have no mask or are not in val.txt, and are not used",
                            move("images/val/w*", "images/train")),
 }
 

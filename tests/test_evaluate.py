@@ -371,6 +371,11 @@ def test_images_in_test_are_for_a_list(tmp_path, capsys):
     (tmp_path / "list.txt").write_text("t0\n")
     evaluate.main([str(path), "--list", str(tmp_path / "list.txt")])
     assert "1 images of " in capsys.readouterr().out
+    (root / "ImageSets/Segmentation/val.txt").unlink(missing_ok=True)
+    for folder in (root / "JPEGImages", root / "SegmentationClass"):
+        (folder / "train").rename(tmp_path / folder.name)
+    evaluate.main([str(path), "--data-root", str(root)])  # a test set in a folder of its own
+    assert "2 images with a mask in " in capsys.readouterr().out
 
 
 def test_panels_never_overwrite_the_data_set(tmp_path, capsys):

@@ -121,7 +121,7 @@ def test_predict_files_never_overwrites_a_photograph_or_another_result(tmp_path,
     before = one.read_bytes()
     assert predict_files(Brightness(), STATE, [one], tmp_path, device) == 1
     assert one.read_bytes() == before
-    remedy = "x_overlay.png; predict it by itself, with another --out"
+    remedy = "x_overlay.png; predict it, or its folder, by itself, with another --out"
     assert re.search(f"x.png: its results would overwrite .*{remedy}", capsys.readouterr().err)
     assert predict_files(Brightness(), STATE, [one], tmp_path / "alone", device) == 0
     assert predict_files(Brightness(), STATE, [one, two], tmp_path / "out", device) == 1
@@ -131,6 +131,9 @@ def test_predict_files_never_overwrites_a_photograph_or_another_result(tmp_path,
         assert (np.array(Image.open(tmp_path / folder / "x.png")) == label).all()
     # An earlier result may be written again; what somebody drew by hand is no result.
     assert predict_files(Brightness(), STATE, [one], tmp_path / "out", device) == 0
+    with pytest.raises(InputError, match=f"has results of other photographs, {one}, which would be"):
+        predict_files(Brightness(), STATE, [two], tmp_path / "out", device)
+    (tmp_path / "out" / "areas.csv").unlink()
     (tmp_path / "out" / "x_overlay.png").unlink()
     before = (tmp_path / "out" / "x.png").read_bytes()
     assert predict_files(Brightness(), STATE, [two], tmp_path / "out", device) == 1

@@ -512,7 +512,7 @@ def test_an_id_of_two_colours_says_of_neither_which_class_it_is(tmp_path):
     assert proposed == {"0,0,0": "a", "9,0,0": "?", "0,9,0": "?"}
 
 
-@pytest.mark.parametrize("last, said", [(65535, "ignore:255,255,255"), (300, "not whole numbers"),
+@pytest.mark.parametrize("last, said", [(65535, "ignore:255,255,255"), (300, "not one whole number"),
                                         (257 * 300, "numbers above 255")])
 def test_grey_values_of_more_than_8_bits(tmp_path, last, said):
     test_cases.folder(masked=0)(tmp_path)
@@ -582,7 +582,7 @@ def test_masks_in_test_are_read_by_their_colours_too(tmp_path):
     (tmp_path / "labelmap.txt").write_text("thing:200,0,0\nbackground:0,0,0\n")
     assert np.array_equal(labels(tmp_path, "t01"), test_cases.scene(1)[1])
     said = report("--dataset", "custom", "--data-root", tmp_path)[1]
-    assert "12 photographs in test/ are not trained on" in said
+    assert "12 photographs in test/ or on test.txt are not trained on" in said
 
 
 def test_masks_that_an_earlier_version_made(tmp_path):

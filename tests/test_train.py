@@ -593,7 +593,7 @@ CASES = {
     "val among train": (lambda r: replace(r / LISTS / "train.txt", "im0\nim4\nim7\n"), "",
                         "1 validation images are among the training ones: im4"),
     "val among labelled": (lambda r: replace(r / "list.txt", "im0\nim5\n"), "--split {root}/list.txt",
-                           "validation images among the labelled ones: im5"),
+                           "ids are not in custom's training set: im5; take those of"),
     "unknown ids": (lambda r: replace(r / "list.txt", "im0\n../../etc/passwd\n"),
                     "--split {root}/list.txt", "1 ids are not in custom's training set: passwd"),
     "no such split": (None, "--split 1_32", "--split 1_32: custom has no such split"),
