@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 import augment
-from data import IGNORE, InputError, SegmentationData, reading
+from data import IGNORE, SegmentationData, reading
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 PAD_COLOUR = tuple(round(255 * m) for m in MEAN)
@@ -86,8 +86,6 @@ class TrainingDraws:
 
     def weak(self, name, mask, rng):
         image = self.data.image(name)
-        if mask is not None and mask.size != image.size:
-            raise InputError(f"{self.data.masks[name]}: not of the size of its image; export it again")
         with reading(self.data.images[name]):  # a photograph is decoded here, and may be truncated
             return augment.weak_augment(image, mask, self.crop_size, rng, self.scale, self.max_side)
 

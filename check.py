@@ -17,7 +17,7 @@ from ranks import progress
 SIDE_FILES = re.compile(r"thumbs\.db|.*\.ini|icon\r|.*:zone\.identifier|"
                         r".*\.(?:[a-z]{1,2}[gf]wx?|wld|ovr|prj|aux\.xml|aae|xmp|thm)", re.I)
 # What folders and files of masks are called, by Segments.ai, Cityscapes, fastai, nnU-Net and others.
-MASK_FOLDER = re.compile(r"(?:.*[-_ ]|train|val|test)?(?:masks?|labels?|gts?|segm?\w*|annots?|annotations?|"
+MASK_FOLDER = re.compile(r"(?:.*[-_ ]|train|val|test)?(?:masks?|labels?|gts?|segm?\w*|ann(?:ot(?:ation)?s?)?|"
                          r"ground.?truths?)(?:[-_ ].*|tr|ts|ids|\d*)", re.I)
 MASK_ENDING = re.compile(r"(?:[-_. ]*(?:masks?|labels?\w*|gt\w*|seg\w*|annot\w*|ground.?truth|colou?red|png|"
                          r"jpe?g)|[-_. ](?-i:P))+$", re.I)
@@ -52,7 +52,7 @@ def check_data(data, labelled, unlabelled, supervised=False):
         if data.folders:
             lacks += f", index PNGs of class ids, in {data.folders[1]}/, each with the stem of its image"
     elif not data.val:
-        lacks = "no validation image; list some, with masks, in ImageSets/Segmentation/val.txt"
+        lacks = "no validation image; complete the data set, with leftImg8bit/val/ and gtFine/val/"
     elif not unlabelled and not supervised:
         lacks = (f"no unlabelled image is left; add images without masks, train with --supervised, or leave "
                  f"the masks of half of them out: {data.command('train.py', '--split', '1_2')}")
@@ -287,11 +287,13 @@ def unread(data, owner):
         if len(fresh) < len(paths) and among_masks and suffix in MASK_SUFFIXES:
             lines.append(f"{folder}: {len(paths) - len(fresh)} masks are not read, as {masks} has masks of "
                          f"their names; move away those that are wrong or left over")
-        if not fresh or not (among_images or among_masks or suffix in IMAGE_SUFFIXES | HEIC_SUFFIXES):
+        named = any(map(MASK_FOLDER.fullmatch, parts))
+        notes = suffix in (".json", ".xml", ".txt", ".csv") and (among_images or named and not data.masks)
+        if not (fresh and (among_images or among_masks or notes or suffix in IMAGE_SUFFIXES | HEIC_SUFFIXES)):
             continue
         meant, remedy = owner(fresh[0]), "if they are photographs, convert them to JPEG"
         seem_masks = among_masks or suffix in IMAGE_SUFFIXES and (
-            any(map(MASK_FOLDER.fullmatch, parts)) or looks_like_mask(fresh[0])
+            named or looks_like_mask(fresh[0])
             or 2 * sum(bool(owner(path)) for path in fresh) > len(fresh))
         if seem_masks and alike[fresh[0].stem] > 1:
             remedy = (f"others have the same names: if each folder has the masks of one class, merge them "
@@ -303,7 +305,7 @@ def unread(data, owner):
             remedy = f"if they are masks, export them again, as PNGs, into {new_mask}/: those keep ids exact"
         elif suffix in IMAGE_SUFFIXES:
             remedy = f"to train on them, move them into {new_image}/, each under a name of its own"
-        elif suffix in (".json", ".xml", ".txt", ".csv"):
+        elif notes:
             remedy = "masks are read, not annotations: export index PNGs of them"
         elif not suffix:
             remedy = f"if they are photographs, call this one {fresh[0].name}.jpg, and so on"

@@ -180,8 +180,6 @@ def read_mask(path):
                 ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
                 ramp.putpalette(picture.getpalette())
                 return np.array(picture), colours_of(ramp)[0]
-            if ";16" in how:
-                raise InputError(f"{path}: has channels of 16 bits; export it with 8 bits a channel")
             return None, colours_of(picture)
 
 
@@ -325,8 +323,9 @@ def name_in(folder, path):
 
 
 def in_folder(name, pattern):
-    """Whether a path without suffix leads through a folder whose name has this pattern, in any case."""
-    return any(re.fullmatch(pattern, folder, re.IGNORECASE) for folder in name.split("/")[:-1])
+    """Whether a path without suffix leads through a folder of this pattern, as test, Test2 or test_set."""
+    return any(re.fullmatch(pattern + r"[-_ ]?(set|images|\d*)", folder, re.IGNORECASE)
+               for folder in name.split("/")[:-1])
 
 
 def with_ids(folder, files, images=None):

@@ -88,10 +88,11 @@ def predict_files(model, state, paths, folder, device, pair=None):
     results = RESULTS | RANKING if pair else RESULTS
     taken = {file.resolve() for file in photographs}  # no result may overwrite these
     for table in (folder / name for name in results if name.endswith(".csv")):
-        rows = read_table(table) if table.exists() else [["file"]]
-        if not rows or rows[0][:1] != ["file"]:
+        text = table.read_bytes().decode(errors="surrogateescape") if table.exists() else "file"
+        header, *rows = [*filter(None, csv.reader(io.StringIO(text, newline="")))] or [[]]
+        if header[:1] != ["file"]:  # as write_table begins
             raise InputError(f"--out {folder}: its {table.name} is not of predict.py; give another --out")
-        others = [name for name, *_ in rows[1:] if Path(name).resolve() not in taken]
+        others = [name for name, *_ in rows if Path(name).resolve() not in taken]
         if others:
             raise InputError(f"--out {folder}: its {table.name} has results of other photographs, "
                              f"{short_list(others)}, which would be lost; give another --out")
@@ -142,12 +143,6 @@ def write_table(path, header, rows):
     temporary = Path(f"{path}.tmp")
     temporary.write_bytes(text.getvalue().encode(errors="surrogateescape"))
     os.replace(temporary, path)
-
-
-def read_table(path):
-    """The rows of a table that write_table wrote, the header first; of another CSV, what there is."""
-    text = path.read_bytes().decode(errors="surrogateescape")
-    return [row for row in csv.reader(io.StringIO(text, newline="")) if row]
 
 
 def print_hardest(ranked, lists):

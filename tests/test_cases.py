@@ -382,6 +382,8 @@ CASES = {
     "masks as TIFF of 64 bits": (files(tiff(3, 64), "masks/p00.tif", name="p{:02d}.tif"),
                                  "TIFF of a kind that Pillow does not know.*; save it again as uint8",
                                  export_again),
+    "colours of 16 bits": (both(folder(masked=0), lambda root: [write(
+        root / f"masks/p{i:02d}.tif", tiff(3, 16)) for i in range(6)]), "in colour", export_again),
     "masks as GIF": (folder(name="p{:02d}.gif"), "p00.gif: in colour", paste),
     "masks as JPEG of another name": (
         both(folder(masked=0), lambda root: [save(scene(i)[1], root / f"masks/p{i:02d}.png", format="JPEG")
@@ -496,7 +498,7 @@ CASES = {
                     "images/more: 3 files .jpg .*not read"),
     "train/ and val/": (train_and_val, "3 of the 9 labelled images, those of the folder val/"),
     **{f"{name}/": (both(train_and_val, folder(images=f"images/{name}", masks=f"masks/{name}")),
-                    "12 for training, 3 for validation$") for name in ("test", "Testing")},
+                    "12 for training, 3 for validation$") for name in ("test", "Testing", "test_set")},
     "test/, of other names": (
         both(train_and_val,
              folder(images="images/test", masks="masks/test", image="t{}.jpg", name="t{}.png")),
@@ -530,6 +532,8 @@ CASES = {
     "scans": (both(folder(images="scans"), lambda root: (root / "images").mkdir(), lambda root: [
         save(one_bit(scene(i)[1]), root / f"images/p{i:02d}.png") for i in range(12)],
         lambda root: shutil.rmtree(root / "scans")), None),
+    **{kind: (files(b"{}", name, masked=0), f"{name.split('/')[0]}: 1 files .*export index", export_again)
+       for kind, name in (("COCO", "annotations/instances.json"), ("YOLO", "labels/p00.txt"))},
     "_classes.csv": (files(b"", "images/_classes.csv"), "masks are read, not annotations"),
     "annotations": (both(folder(masked=0), lambda root: write(root / "images/p00.json", "{}")),
                     "1 files .json .*export index PNGs of them\nno labelled image.* the stem of its image",

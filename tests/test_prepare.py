@@ -647,6 +647,8 @@ def test_a_flat_cityscapes_folder_is_read(tmp_path):
     found = data.open_data("cityscapes", root)
     assert len(found.train) == 4 and len(found.masks) == 6
     assert check.check_data(found, found.train, [], supervised=True).problems == []
+    found.val = []
+    assert "complete the data set, with leftImg8bit/" in check.check_data(found, found.train, []).problems[0]
 
 
 @pytest.mark.parametrize("mask, said", [
