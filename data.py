@@ -524,7 +524,7 @@ def class_names(root, label_map):
         raise InputError(f"{names_file}: lacks {short_list(unnamed)}, which {map_file} names; make them "
                          f"agree, or remove {names_file}")
     if len(names) < 2:
-        raise InputError(f"{map_file}: one class alone; add a line for the rest, such as background:0,0,0")
+        raise InputError(f"{map_file}: one class alone; let a line name the rest, such as background:0,0,0")
     if label_map and "background" not in names:
         label_map.setdefault((0, 0, 0), "ignore")
     return names
@@ -550,7 +550,7 @@ def read_class_names(path):
             (comments, f"'{short_list(comments, 1)}' would be the name of a class; remove this line"),
             (not all(names) or not 2 <= len(names) <= IGNORE,
              f"{len(names)} lines; from 2 to {IGNORE} are needed, one class name a line, none of them empty: "
-             f"a line's number, from 0, is its class id"),
+             f"a line's number, from 0, is its class id, and background is a class, too"),
             (twice, f"{short_list(twice)} is listed twice; give each class a name of its own"),
             (numbering and numbers != [*matches],  # of all lines, or all but a headline
              f"numbered {short_list(numbers)}, but a line's number, from 0, is its class id; write a line "
