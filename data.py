@@ -189,11 +189,11 @@ def colours_of(picture):
 
 
 def whole_numbers(pixels):
-    """(H, W) numbers of any type as ids, and labelme's -1 as 255. Raises ValueError for others."""
+    """(H, W) numbers of any type as ids of 16 bits, labelme's -1 as 255. Raises ValueError for others."""
     signed = pixels.dtype.kind in "if"
     pixels = np.where(pixels == -1, IGNORE, pixels) if signed else pixels
-    if pixels.ndim != 2 or signed and ((pixels < 0) | (pixels % 1 != 0)).any():
-        raise ValueError(f"not one whole number a pixel, from 0 on, with {IGNORE} where there is no class")
+    if pixels.ndim != 2 or pixels.max() > 65535 or signed and ((pixels < 0) | (pixels % 1 != 0)).any():
+        raise ValueError(f"not a whole number from 0 to 65535 a pixel, with {IGNORE} where there is no class")
     return pixels.astype(np.int64) if signed else pixels
 
 
@@ -206,8 +206,6 @@ def read_colours(path):
             pixels = pixels * np.uint8(255) if pixels.dtype == bool else pixels
             if pixels.max() > IGNORE:
                 pixels = whole_numbers(np.where(pixels > IGNORE, pixels / 257, pixels))  # 65535 is white
-            if pixels.max() > IGNORE:
-                raise ValueError("numbers above 255")
     return pixels, colours
 
 

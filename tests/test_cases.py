@@ -421,10 +421,10 @@ CASES = {
     "a huge mask": (files(huge_png(), "masks/p00.png"), "p00.png: .*more than 178 megapix", export_again),
     "a mask of floats": (both(folder(), lambda root: save(
         np.full((32, 48), 0.5, np.float32), root / "masks/p00.png", format="TIFF")),
-        "p00.png: cannot be read .not one whole number a pixel, .*; replace or remove it", export_again),
+        "p00.png: cannot be read .not a whole number from 0 to 65535 .*; replace or remove it", export_again),
     "a mask of negative numbers": (both(folder(), lambda root: save(
         np.eye(32, 48, dtype=np.int32) - 2, root / "masks/p00.png", format="TIFF")),
-        "p00.png: cannot be read .not one whole number a pixel, .*; replace or remove it", export_again),
+        "p00.png: cannot be read .not a whole number from 0 to 65535 .*; replace or remove it", export_again),
     "transparency": (folder(transparent), "p00.png: in colour", export_with_colours),
     "two folders of masks": (both(folder(), folder(masks="SegmentationClass", masked=3)),
                              "masks: 3 masks are not read, as .*/SegmentationClass has masks of their names"),
