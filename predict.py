@@ -82,9 +82,10 @@ def predict_files(model, state, paths, folder, device, pair=None):
     is named on stderr and skipped. Returns how many were. OSError: `folder` cannot be written.
     """
     photographs, settings = find_photographs(paths), state["settings"]
-    if pair and (folder / "last.pth").exists():
-        raise InputError(f"--out {folder}: the folder of a run, whose hardness.csv would be lost; give "
-                         f"another --out")
+    root = settings.get("data_root")
+    if root and folder.resolve().is_relative_to(Path(root).resolve()):
+        raise InputError(f"--out {folder}: lies in {root}, where training would take results for photographs "
+                         f"or masks; give a folder elsewhere")
     results = RESULTS | RANKING if pair else RESULTS
     taken = {file.resolve() for file in photographs}  # no result may overwrite these
     for table in (folder / name for name in results if name.endswith(".csv")):

@@ -244,8 +244,18 @@ def test_the_hardness_log_of_a_run_is_never_overwritten(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         predict.main([str(a) for a in argv])
     assert end.value.code == 2
-    assert "the folder of a run, whose hardness.csv would be lost; give another" in capsys.readouterr().err
+    assert "its hardness.csv is not of predict.py; give another --out" in capsys.readouterr().err
     assert (tmp_path / "hardness.csv").read_text() == "0,im1,0.5\n" and not (tmp_path / "x.png").exists()
+
+
+def test_results_are_never_written_among_the_data(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.jpg")
+    state = STATE | {"settings": STATE["settings"] | {"data_root": str(tmp_path / "mine")}}
+    arguments = Brightness(), state, [tmp_path / "x.jpg"]
+    for folder in ("mine", "mine/masks"):
+        with pytest.raises(InputError, match="lies in .*mine, where training .*; give a folder elsewhere$"):
+            predict_files(*arguments, tmp_path / folder, torch.device("cpu"))
+    assert predict_files(*arguments, tmp_path / "elsewhere", torch.device("cpu")) == 0
 
 
 def test_a_table_of_somebody_else_is_never_overwritten(tmp_path, capsys):
