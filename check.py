@@ -224,11 +224,9 @@ def unused(data, pixels):
                  "under that stem")
     strays = [path for path in strays if path not in several]
     meant = owner(strays[0]) or beginning(strays[0]) if strays else None
-    rename = ""
-    if meant and meant not in data.masks:
-        rename = f": call this one {meant}{strays[0].suffix}, and so on"
+    how = f": call this one {meant}{strays[0].suffix}, and so on" if meant and meant not in data.masks else ""
     say(strays, f"masks like this one have no image of their name; a mask needs the stem of its image, and "
-                f"its folder, if several images have that stem{rename}")
+                f"its folder, if several images have that stem{how}")
     lines += unread(data, owner)[:4]
     held = {name: {*np.flatnonzero(counts)} for name, counts in pixels.items()}
     say([data.masks[name] for name, ids in held.items() if len(ids) == 2 and IGNORE in ids],

@@ -538,8 +538,8 @@ def read_class_names(path):
     twice = [name for name, count in Counter(names).items() if count > 1]
     matches = {i: match for i, name in enumerate(names) if (match := re.match(r"(\d+)\b\W*(.*)", name))}
     numbers, rests = [int(match[1]) for match in matches.values()], {match[2] for match in matches.values()}
-    first = 0 if 0 in numbers else 1
-    numbering = sorted(numbers) == [*range(first, first + len(numbers))] and (  # and not 1 inch, 2 inch
+    # Distinct names, or none, behind the numbers; but 1 inch and 2 inch are names.
+    numbering = sorted(numbers) in ([*range(len(numbers))], [*range(1, len(numbers) + 1)]) and (
         len(rests) == len(numbers) or rests == {""}) and len(names) - len(numbers) < 2 <= len(numbers)
     for wrong, text in (
             (not names, "missing or empty; write one class name a line, in the order of the ids"

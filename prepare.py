@@ -172,7 +172,11 @@ def write_label_map(root):
     if len(colours) == 1:
         raise InputError(f"{folder}: its masks hold the colour {written(*colours)} alone; export them again, "
                          f"with a colour for each class, and without transparency, and {AGAIN}")
-    labels = proposed_labels(colours, data.read_class_names(names_file) if names_file.exists() else [])
+    names = data.read_class_names(names_file) if names_file.exists() else []
+    if colours.keys() == {BLACK, WHITE} and len({path.parent.name for path in files} & {*names}) > 1:
+        raise InputError(f"{folder}: white is another class in each folder; merge their masks (see "
+                         f"docs/own-photographs.md), and {AGAIN}")
+    labels = proposed_labels(colours, names)
     total = sum(count for count, *_ in colours.values())
     shares = {colour: f"{count / total:.2%} of the pixels" for colour, (count, *_) in colours.items()}
     text = "# label:color_rgb:parts:actions\n" + "".join(

@@ -121,6 +121,20 @@ def one_class_each(root, name="{}/p{:02d}.png"):
                 (i, label) if name.startswith("p{:") else (label, i))))
 
 
+def one_folder_each(root):
+    """Masks of 0 and 255, those of even numbers in the folder of one class and the others in another's."""
+    folder(grey(0, 255), names="one\nthing\n")(root)
+    for i in range(6):
+        path = root / "masks" / ("one", "thing")[i % 2] / f"p{i:02d}.png"
+        path.parent.mkdir(exist_ok=True)
+        (root / "masks" / path.name).rename(path)
+
+
+def merge_classes(root, said):
+    assert "masks: white is another class in each folder; merge their masks" in paste(root, said)
+    merge(root, said)
+
+
 def link(target, *names):
     return lambda root: [(root / name).symlink_to((root / target).resolve()) for name in names]
 
@@ -578,6 +592,7 @@ CASES = {
         move("images/*.png", "masks", without("_x"))),
     "a folder for each class": (one_class_each, "background/p00.png and .*thing/p00.png: one image has both "
                                 ".*6 such images.; merge", merge),
+    "an image in the folder of its class": (one_folder_each, "hold one alone, beside 255", merge_classes),
     "a folder for each image": (lambda root: one_class_each(root, "p{1:02d}/{0}.png"),
                                 "12 masks like this one are one of several of an image, .*merge them", merge),
     "folders for each class beside": (
