@@ -513,7 +513,7 @@ def test_an_id_of_two_colours_says_of_neither_which_class_it_is(tmp_path):
 
 
 @pytest.mark.parametrize("last, said", [(65535, "ignore:255,255,255"), (300, "not a whole number"),
-                                        (2 ** 40, "not a whole number")])
+                                        (257 * 300, "not a whole number")])
 def test_grey_values_of_more_than_8_bits(tmp_path, last, said):
     test_cases.folder(masked=0)(tmp_path)
     (tmp_path / "masks").mkdir()
