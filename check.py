@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from data import (HEIC_SUFFIXES, IGNORE, IMAGE_SUFFIXES, MASK_FOLDERS, MASK_SUFFIXES, OLD_MASKS, InputError,
-                  looks_like_mask, name_in, reading, short_list, tails, walk, written)
+                  looks_like_mask, name_in, one_of, reading, short_list, tails, walk, written)
 from ranks import progress
 
 # No pictures: a system's own files, and those in which programs note where on earth a picture lies.
@@ -39,7 +39,7 @@ def check_data(data, labelled, unlabelled, supervised=False):
     found = check_files(data, sorted({*labelled, *data.val}), [] if supervised else unlabelled)
     both = sorted({*data.train} & {*data.val})
     if both:
-        found.problems.append(f"{len(both)} validation images are among the training ones: "
+        found.problems.append(f"validation images are among the training ones ({len(both)}): "
                               f"{short_list(both)}; keep each in one list")
     for part, names, needed in (("labelled", labelled, 2), ("validation", data.val, 1)):
         if not found.problems:
@@ -75,7 +75,7 @@ def check_files(data, masked, unmasked=()):
             ([name for name in masked if name not in data.masks], "images of the labelled or validation list "
              "have no mask", "add their masks or take them off the list")):
         if lacking:
-            found.problems.append(f"{len(lacking)} {what}: {short_list(lacking)}; {remedy}")
+            found.problems.append(f"{what} ({len(lacking)}): {short_list(lacking)}; {remedy}")
 
     def look(name):
         said, side, pixels, palette = None, 0, None, None
@@ -167,8 +167,7 @@ def check_ids(data, found):
     else:
         remedy = (f"if these are class ids, write a name for each id, from 0, into {names_file}; if they are "
                   f"grey levels or colours, {colours}")
-    more = f" (and {len(files) - 1} more)" if len(files) > 1 else ""
-    found.problems.append(f"{files[0]}{more}: holds the ids {short_list(ids)}, but there are {C} classes "
+    found.problems.append(f"{one_of(files)}: holds the ids {short_list(ids)}, but there are {C} classes "
                           f"(0 to {C - 1}); {remedy}")
 
 
@@ -203,7 +202,7 @@ def unused(data, pixels):
 
     def say(files, text):
         if files:
-            lines.append(f"{files[0]}: {len(files)} {text}")
+            lines.append(f"{one_of(files)}: {text}")
 
     def named_first(paths):
         return sorted(paths, key=lambda path: (not owner(path), path))
@@ -215,37 +214,36 @@ def unused(data, pixels):
     place = f"into {masks}/" + (f", this one as {meant}{copies[0].suffix}, and so on" if meant else "")
     if copies and {meant, copies[0].stem} & data.masks.keys():
         place = "elsewhere"
-    say(copies, f"files like this one look like masks, and are read as photographs; move them {place}")
+    say(copies, f"looks like a mask, and is read as a photograph; move such files {place}")
     strays = named_first(data.masks[name] for name in data.masks.keys() - data.images.keys())
     starts = Counter((path.parent, beginning(path)) for path in strays)
     several = [path for path in strays if (start := beginning(path)) and starts[path.parent, start] > 1]
-    say(several, "masks like this one are one of several of an image, which has one mask, of its own stem; "
-                 "if each is of one class, merge them (see docs/own-photographs.md); else keep one of them, "
-                 "under that stem")
+    say(several, "one of several masks of an image, which has one mask, of its own stem; if each is of one "
+                 "class, merge them (see docs/own-photographs.md); else keep one of them, under that stem")
     strays = [path for path in strays if path not in several]
     meant = owner(strays[0]) or beginning(strays[0]) if strays else None
     how = f": call this one {meant}{strays[0].suffix}, and so on" if meant and meant not in data.masks else ""
-    say(strays, f"masks like this one have no image of their name; a mask needs the stem of its image, and "
-                f"its folder, if several images have that stem{how}")
+    say(strays, f"a mask without an image of its name; a mask needs the stem of its image, and its folder, "
+                f"if several images have that stem{how}")
     lines += unread(data, owner)[:4]
     held = {name: {*np.flatnonzero(counts)} for name, counts in pixels.items()}
     say([data.masks[name] for name, ids in held.items() if len(ids) == 2 and IGNORE in ids],
-        f"masks like this one hold one class alone, beside {IGNORE}, which is ignored; if {IGNORE} is a "
-        f"class in them, export them again, with its id")
+        f"a mask of one class alone, beside {IGNORE}, which is ignored; if {IGNORE} is a class in such "
+        f"masks, export them again, with its id")
     say([data.masks[name] for name, ids in held.items() if len(ids) == 1],
-        f"masks like this one hold one class, or {IGNORE}, alone; if nobody annotated these, move them "
-        f"elsewhere: their images are unlabelled then")
+        f"a mask of one class, or {IGNORE}, alone; if nobody annotated it, move such masks elsewhere: their "
+        f"images are unlabelled then")
     unlisted = sorted(data.images[name] for name in data.images.keys() - {*data.train, *data.val, *data.test})
     if any(path.name.lower() == "train.txt" for path in (data.root / "ImageSets/Segmentation").glob("*")):
-        say(unlisted, "photographs like this one are on no list in ImageSets/Segmentation; to train on them, "
-                      "add them to its train.txt")
+        say(unlisted, "a photograph on no list in ImageSets/Segmentation; to train on such photographs, add "
+                      "them to its train.txt")
     else:
-        say(unlisted, "photographs in val/ have no mask or are not in val.txt, and are not used; add what is "
-                      "lacking, or move them to the training images")
+        say(unlisted, "a photograph in val/ without a mask or not in val.txt, which is not used; add what is "
+                      "lacking, or move such photographs to the training images")
     say([data.images[name] for name in data.test],
-        "photographs in test/ or on test.txt are not trained on; evaluate.py takes a --list of them")
+        "a photograph in test/ or on test.txt, which is not trained on; evaluate.py takes a --list of them")
     twins = twins_of(data)
-    say([*twins], f"validation images like this one are training images under another name, here "
+    say([*twins], f"a validation image that is a training image under another name, here "
         f"{short_list(twins.values(), 1)}; mIoU counts what was learnt by heart: keep one copy of each")
     return lines
 
@@ -283,8 +281,8 @@ def unread(data, owner):
         fresh = [path for path in paths if among_images or data.masks.keys().isdisjoint(
             tails(name_in(data.root, path)))]
         if len(fresh) < len(paths) and among_masks and suffix in MASK_SUFFIXES:
-            lines.append(f"{folder}: {len(paths) - len(fresh)} masks are not read, as {masks} has masks of "
-                         f"their names; move away those that are wrong or left over")
+            lines.append(f"{one_of(sorted({*paths} - {*fresh}))}: not read, as {masks} has masks of the same "
+                         f"names; move away those that are wrong or left over")
         named = any(map(MASK_FOLDER.fullmatch, parts))
         notes = suffix in (".json", ".xml", ".txt", ".csv") and (among_images or named and not data.masks)
         if not (fresh and (among_images or among_masks or notes or suffix in IMAGE_SUFFIXES | HEIC_SUFFIXES)):
@@ -307,6 +305,5 @@ def unread(data, owner):
             remedy = "masks are read, not annotations: export index PNGs of them"
         elif not suffix:
             remedy = f"if they are photographs, call this one {fresh[0].name}.jpg, and so on"
-        lines.append(f"{folder}: {len(fresh)} files {suffix or 'without suffix'} ({fresh[0].name} for one) "
-                     f"are not read; {remedy}")
+        lines.append(f"{one_of(fresh)}: not read; {remedy}")
     return lines

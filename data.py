@@ -276,6 +276,11 @@ def short_list(items, most=3):
     return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
+def one_of(items):
+    """The first of some items, with their number, for a message on all of them."""
+    return f"{items[0]} (one of {len(items)})" if len(items) > 1 else f"{items[0]}"
+
+
 def walk(top, links_below=None):
     """Yields the paths of the files below a folder, none hidden and no thumbnails of a Synology NAS, a folder
     after the other and each once, whatever links to it. With `links_below`, a look around: links to folders
@@ -342,12 +347,12 @@ def with_ids(folder, files, images=None):
         found.setdefault(next((way for way in tails(name) if way in (images or ())), own), []).append(path)
     clashes = [paths for paths in found.values() if len(paths) > 1]
     if clashes:
-        text = (f"one image has both as its mask, as if each were of one class ({len(clashes)} such images); "
-                f"merge the masks of an image into one, directly in {folder}/: see docs/own-photographs.md")
+        text = (f"one image has both as its mask, as if each were of one class; merge the masks of an image "
+                f"into one, directly in {folder}/: see docs/own-photographs.md")
         if images is None:
-            text = (f"have one name ({len(clashes)} such pairs); rename one of each, or, if one is a mask, "
-                    f"move it into a folder masks/ beside {folder.name}/")
-        raise InputError(f"{clashes[0][0]} and {clashes[0][1]}: {text}")
+            text = (f"have one name; rename one of each, or, if one is a mask, move it into a folder masks/ "
+                    f"beside {folder.name}/")
+        raise InputError(f"{one_of([f'{one} and {other}' for one, other, *_ in clashes])}: {text}")
     return {name: path for name, (path,) in found.items()}
 
 
@@ -547,8 +552,8 @@ def read_class_names(path):
             ("__ignore__" in names, "__ignore__ is 255 in the masks, and no class; remove its line"),
             (comments, f"'{short_list(comments, 1)}' would be the name of a class; remove this line"),
             (not all(names) or not 2 <= len(names) <= IGNORE,
-             f"{len(names)} lines; from 2 to {IGNORE} are needed, one class name a line, none of them empty: "
-             f"a line's number, from 0, is its class id, and background is a class, too"),
+             f"from 2 to {IGNORE} lines are needed, not {len(names)}: one class name a line, none of them "
+             f"empty; a line's number, from 0, is its class id, and background is a class, too"),
             (twice, f"{short_list(twice)} is listed twice; give each class a name of its own"),
             (numbering and numbers != [*matches],  # of all lines, or all but a headline
              f"numbered {short_list(numbers)}, but a line's number, from 0, is its class id; write a line "
@@ -610,7 +615,7 @@ def split_ids(data, dataset, split):
         labelled = read_list(Path(split), data.images)
         unknown = sorted({*labelled} - {*data.train})
         if unknown:
-            raise InputError(f"--split {split}: {len(unknown)} ids are not in {dataset}'s training set: "
+            raise InputError(f"--split {split}: not in {dataset}'s training set ({len(unknown)}): "
                              f"{short_list(unknown)}; take those of validation images off the list, or "
                              f"complete the data")
     else:

@@ -311,9 +311,9 @@ def chosen_ids(args, data, state):
         names = read_list(args.list, data.images)
         unknown = [name for name in names if name not in with_mask]
         if unknown:
-            raise InputError(f"--list {args.list}: {len(unknown)} ids have no image with a mask under "
-                             f"--data-root: {short_list(unknown)}; take them off the list, or give their "
-                             f"--data-root")
+            raise InputError(f"--list {args.list}: without an image and a mask under --data-root "
+                             f"({len(unknown)}): {short_list(unknown)}; take them off the list, or give "
+                             f"their --data-root")
         return names, f"of {args.list}"
     lists = state.get("lists")
     if lists and (not args.data_root or with_mask.issuperset(lists["labelled"] + lists["val"])):
@@ -361,7 +361,7 @@ def open_images(args, state):
     say(f"{len(data.val)} images {which}")
     seen = sorted({*data.val} & {*state.get("lists", {}).get("labelled", ())})
     if seen:
-        say(f"{len(seen)} of them were labelled in training: {short_list(seen)}")
+        say(f"labelled in training, of these: {len(seen)} ({short_list(seen)})")
     found = check_files(data, data.val)
     if not found.problems:
         check_classes(data, "validation", data.val, 1, found)
@@ -417,7 +417,7 @@ def main(argv=None):
                      look=write_panel if args.pictures else None)
     say(iou_table(data.classes, dict(zip(networks, sum_over_ranks(local)))))
     if args.pictures:
-        say(f"{len(data.val)} panels: {args.pictures}/ID.png")
+        say(f"panels: {args.pictures}/ID.png")
 
 
 if __name__ == "__main__":

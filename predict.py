@@ -121,7 +121,7 @@ def predict_files(model, state, paths, folder, device, pair=None):
         taken |= {mask.resolve(), picture.resolve()}
     write_table(folder / "areas.csv", ("file", *classes), areas)
     skipped = len(photographs) - len(areas)
-    print(f"{len(areas)} photographs predicted, {skipped} skipped; written to {folder}:")
+    print(f"photographs predicted: {len(areas)}, skipped: {skipped}; written to {folder}:")
     print(list_results(results))
     if pair:
         hardness.sort(key=lambda row: (-row[1], row[0]))

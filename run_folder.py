@@ -120,12 +120,12 @@ class Run:
             before = set(state.get("lists", {}).get(name, ids))
             gone = sorted(before.difference(ids))
             if not before.issuperset(ids):
-                changed.append(f"{len(set(ids) - before)} more {name} images")
+                changed.append(f"more {name} images ({len(set(ids) - before)})")
                 if self.args.dataset == "custom":
                     remedy += (f"; where images were removed, keep the lists: --split {self.folder}/"
                                f"labelled.txt, and {self.folder}/val.txt in ImageSets/Segmentation/")
             elif gone:
-                notes.append(f"{len(gone)} {name} images are gone ({short_list(gone)}): from iteration "
+                notes.append(f"{name} images are gone ({len(gone)}: {short_list(gone)}): from iteration "
                              f"{state['iteration']} on, the run uses the {len(ids)} that are left")
         if state["iteration"] == old["iters"] and all(c.startswith(("epochs ", "iters ")) for c in changed):
             remedy = (f"it is finished; to train on from its weights, add --weights {self.folder}/last.pth "
@@ -347,7 +347,7 @@ class Run:
         text = (f"{iou_table(self.data.classes, confusions)}\nThe result is the last iteration's. The "
                 f"teacher's best on val was {self.best['miou']:.2%}, after {self.best['iteration']}.\n")
         if len(self.data.val) < 10:
-            text += f"It is noisy: there are only {len(self.data.val)} validation images.\n"
+            text += f"It is noisy: the number of validation images is {len(self.data.val)}.\n"
         picture = panel(rows, ("image", "ground truth", "prediction"), self.data.classes, self.data.palette)
         with writing(self.folder):
             write_whole(self.folder / "result.txt", text.encode())

@@ -355,7 +355,7 @@ CASES = {
     "one bit, three names": (folder(one_bit, names="a\nb\nthing"), r"p00.png: of one bit.*\(and 5 more\)",
                              name_colours(c255_255_255="thing")),
     "0 and 255 among others": (both(folder(), lambda root: save(scene(4)[1] * 255, root / "masks/p04.png")),
-                               "p04.png: 1 masks like this one hold one class alone, beside 255, which"),
+                               "p04.png: a mask of one class alone, beside 255, which"),
     "ids of instances": (folder(lambda labels: labels.astype(np.uint16) * 1000),
                          "ids 1000, .* export the masks again, with class ids below 255", export_again),
     "grey levels of 16 bits": (folder(lambda labels: labels.astype(np.uint16) * 65535), "ids 65535", paste),
@@ -386,10 +386,10 @@ CASES = {
                             "if 9 is what nobody annotated, say which", paste),
     "smoothed edges": (folder(smoothed), "if they are grey levels",
                        name_colours(c255_255_255="thing")),
-    "masks as JPEG": (folder(grey(0, 255), name="p{:02d}.jpg"), "6 files .jpg .*export them again, as PNGs",
+    "masks as JPEG": (folder(grey(0, 255), name="p{:02d}.jpg"), "one of 6.: not read; .*export them again",
                       export_again),
     "masks as JPEG elsewhere": (folder(name="p{:02d}.jpg", masks="labels"),
-                                r"labels: 6 files .jpg .*as PNGs, into .*masks/", export_again),
+                                r"labels/.*jpg .one of 6.: .*as PNGs, into .*masks/", export_again),
     "masks as TIFF": (folder(name="p{:02d}.tif"), None),
     "masks as TIFF of 16 bits": (folder(lambda labels: labels.astype(np.uint16) * 65535, name="p{:02d}.tif"),
                                  "ids 65535", paste),
@@ -410,12 +410,12 @@ CASES = {
         "p00.tif: a JPEG, or of several pages .and 5 more.; export it again, as a PNG", export_again),
     "masks of 255": (both(folder(), lambda root: [
         save(np.full((32, 48), 255, np.uint8), root / f"masks/p{i:02d}.png") for i in (7, 8, 9)]),
-        "p07.png: 3 masks like this one hold one class, or 255, alone; if nobody annotated these, move them"),
+        "p07.png .one of 3.: a mask of one class, or 255, alone; if nobody annotated it, move such"),
     "masks as .npy": (as_arrays, "5 labelled  *6 unlabelled"),
     "grey of 4 bits": (files(grey_png(scene(0)[1]), "masks/p00.png"), None),
-    "labels/": (folder(masks="labels"), "labels: 6 files .png .*if they are masks, move them into",
+    "labels/": (folder(masks="labels"), "labels/.*png .one of 6.: not read; if they are masks, move them",
                 move("labels/*", "masks")),
-    "p00_mask": (folder(name="p{:02d}_mask.png"), "6 masks like this .*: call this one p00.png",
+    "p00_mask": (folder(name="p{:02d}_mask.png"), "one of 6.: a mask .*: call this one p00.png",
                  move("masks/*", "masks", without("_mask"))),
     "p00_mask.npy": (both(as_arrays, lambda root: move("masks/*", "masks", without(".", "_mask."))(root, 0)),
                      ": call this one p00.npy", move("masks/*", "masks", without("_mask"))),
@@ -424,10 +424,10 @@ CASES = {
     "other names": (folder(images="imgs", masks="gts", image="{:05d}_img.jpg", name="{:05d}_gt.png"),
                     r"\(but gts, imgs\)", folders_and_names),
     "masks beside images": (folder(masks="images", name="p{:02d}_mask.png"),
-                            "p00_mask.png: 6 files like this one look like masks",
+                            "p00_mask.png .one of 6.: looks like a mask",
                             move("images/*_mask.png", "masks", without("_mask"))),
     "copies of masks": (both(folder(), folder(masks="images", name="p{:02d}_mask.png")),
-                        "6 files like this one look like masks, .*; move them elsewhere"),
+                        "one of 6.: looks like a mask, .*; move such files elsewhere"),
     "a mask smaller": (both(folder(), lambda root: save(scene(0, (24, 16))[1], root / "masks/p00.png")),
                        "p00.png: 24 x 16 pixels, but its", export_again),
     "a mask cut short": (files(lambda mask: mask[:-30], "masks/p01.png"), "p01.png: cannot be read",
@@ -441,10 +441,10 @@ CASES = {
         "p00.png: cannot be read .not a whole number from 0 to 65535 .*; replace or remove it", export_again),
     "transparency": (folder(transparent), "p00.png: in colour", export_with_colours),
     "two folders of masks": (both(folder(), folder(masks="SegmentationClass", masked=3)),
-                             "masks: 3 masks are not read, as .*/SegmentationClass has masks of their names"),
+                             "masks/.* .one of 3.: not read, as .*/SegmentationClass has masks of"),
     "TIFF masks beside others": (
         both(folder(masks="SegmentationClass"), folder(name="p{:02d}.tif", masked=9)),
-        "masks: 3 files .tif .*if they are masks, move them into .*/SegmentationClass/$"),
+        "tif .one of 3.: .*if they are masks, move them into .*/SegmentationClass/$"),
     "a class absent": (folder(names="background\nthing\nunicorn"), "no labelled mask holds unicorn"),
     "no class in validation": (both(folder(), lists(val="p05"), lambda root: save(
         np.zeros((32, 48), np.uint8), root / "masks/p05.png")), "no validation mask holds thing"),
@@ -488,53 +488,53 @@ CASES = {
         root / "class_names.txt", "meadow\nthing\n")), "give what is ignored .black, where it has no line. a",
         lambda root, said: write(root / "labelmap.txt", "meadow:0,0,0\nthing:184,61,245::\n")),
     "CVAT, all have masks": (cvat(masked=12), "no unlabelled image is left", paste),
-    "CVAT, black where nobody was": (unannotated, "6 masks like this one hold one class, or 255, alone; if",
+    "CVAT, black where nobody was": (unannotated, "one of 6.: a mask of one class, or 255, alone; if",
                                      move_masks(*(f"SegmentationClass/p{i:02d}.png" for i in range(6, 12))),
                                      paste),
     "CVAT's lists": (
         both(cvat(), lists("p00 p01 p02 p07", "p03 p04", ("Train.txt", "Validation.TXT")),
              lists("p05 p06", names=("Test.txt",))),
-        "4 for training, 2 for valid[^$]*p08.jpg: 4 photographs like this one are on no list in .*\n"
-        ".*p05.jpg: 2 photographs in test/ or on test.txt are not trained on"),
+        "4 for training, 2 for valid[^$]*p08.jpg .one of 4.: a photograph on no list in .*\n"
+        ".*p05.jpg .one of 2.: a photograph in test/ or on test.txt"),
     "colours, and no names": (folder(coloured(MEADOW, DISC), names=None), "class_names.txt: missing",
                               names_and_colours),
     # What lies there unused
     "HEIC among others": (files(HEIC, *(f"images/{i}.HEIC" for i in range(20))),
-                          "20 files .heic .0.HEIC for one. are not read; .*convert them to JPEG"),
+                          "0.HEIC .one of 20.: not read; .*convert them to JPEG"),
     "HEIC without a mask": (files(HEIC, *(f"images/{i}.HEIC" for i in range(9)), count=6),
-                            "9 files .heic.*\nno unlabelled image", to_jpeg("images/*.HEIC"), paste),
+                            "one of 9.: not read.*\nno unlabelled image", to_jpeg("images/*.HEIC"), paste),
     "HEIC called JPEG": (files(HEIC, "images/p09.jpg"), r"p09.jpg: .*\(HEIC or AVIF\); convert it to JPEG",
                          to_jpeg("images/p09.jpg")),
     "photographs elsewhere": (both(folder(count=6), folder(masked=0, images="unlabeled", image="u{}.jpg")),
-                              "unlabeled: 12 files .jpg .*move them into .*\nno unlabelled",
+                              "unlabeled/.*jpg .one of 12.: .*move them into .*\nno unlabelled",
                               move("unlabeled/*", "images")),
     "a subfolder": (both(folder(), folder(count=3, masked=0, images="images/more", image="m{}.jpg")),
-                    "images/more: 3 files .jpg .*not read"),
+                    "images/more/.*jpg .one of 3.: not read"),
     "train/ and val/": (train_and_val, "3 of the 9 labelled images, those of the folder val/"),
     **{f"{name}/": (both(train_and_val, folder(images=f"images/{name}", masks=f"masks/{name}")),
                     "12 for training, 3 for validation$") for name in ("test", "Testing", "test_set")},
     "test/, of other names": (
         both(train_and_val,
              folder(images="images/test", masks="masks/test", image="t{}.jpg", name="t{}.png")),
-        "t0.jpg: 12 photographs in test/ or on test.txt are not trained on; evaluate.py takes a --list of"),
+        "t0.jpg .one of 12.: a photograph in test/ or on test.txt, which .*; evaluate.py takes a --list of"),
     "val.txt and test.txt": (both(folder(), lists("p04 p11", "p05", ("test.txt", "val.txt"))),
                              "9 for training, 1 for validation$"),
     "val.txt names some of val/": (both(train_and_val, lists(val="v0 v1")),
-                                   "v2.jpg: 1 photographs in val/ have no mask or are not in val.txt"),
+                                   "v2.jpg: a photograph in val/ without a mask or not in val.txt"),
     "val/ beside train.txt": (both(train_and_val, lists("p00 p01 p02 p07 p08 p09")),
                               "3 of the 6 labelled images, those of the folder val/"),
     "photographs above subfolders": (
         both(folder(images="images/train", count=6), folder(images="unlabeled", masked=0, image="u{}.jpg")),
-        "unlabeled: 12 files .jpg .*move them into .*/images/train/.*\nno unlabelled",
+        "unlabeled/.*jpg .one of 12.: .*move them into .*/images/train/.*\nno unlabelled",
         move("unlabeled/*", "images/train")),
     "links to folders": (both(folder(images="../train"), lambda root: (
         (root / "images").mkdir(), (root / "images/train").symlink_to(root.parent / "train"))),
         "11 for training, 1 for validation$"),
     "HEIC behind a link": (both(folder(images="../photographs"), lambda root: (
         (root / "images").symlink_to(root.parent / "photographs"), write(root / "images/p12.heic", HEIC))),
-        "images: 1 files .heic"),
+        "images/.*heic: not read"),
     "train.txt of labelled images": (both(folder(), lists("p00 p01 p02", "p04 p05")),
-                                     "p03.jpg: 7 photographs like this one are on no list.*\nno unlabelled",
+                                     "p03.jpg .one of 7.: a photograph on no list.*\nno unlabelled",
                                      texts(f"{LISTS}/train.txt", "p00\np01\np02\np07\np08\n")),
     "hidden files": (files(b"\0\5\x16\7" + bytes(99), "images/.DS_Store", "images/._p00.jpg",
                            "masks/._p00.png", "masks/Thumbs.db", "images/desktop.ini"), None),
@@ -546,15 +546,15 @@ CASES = {
     "scans": (both(folder(images="scans"), lambda root: (root / "images").mkdir(), lambda root: [
         save(one_bit(scene(i)[1]), root / f"images/p{i:02d}.png") for i in range(12)],
         lambda root: shutil.rmtree(root / "scans")), None),
-    **{kind: (files(b"{}", name, masked=0), f"{name.split('/')[0]}: 1 files .*export index", export_again)
+    **{kind: (files(b"{}", name, masked=0), f"{name.split('/')[0]}.*: not read; .*export index", export_again)
        for kind, name in (("COCO", "annotations/instances.json"), ("YOLO", "labels/p00.txt"))},
     "_classes.csv": (files(b"", "images/_classes.csv"), "masks are read, not annotations"),
     "annotations": (both(folder(masked=0), lambda root: write(root / "images/p00.json", "{}")),
-                    "1 files .json .*export index PNGs of them\nno labelled image.* the stem of its image",
+                    "p00.json: not read; .*index PNGs of them\nno labelled image.* the stem of its image",
                     lambda root, said: folder()(root)),
     "the folder of photographs": (folder(images="images/images"), None),
     "no suffix": (both(folder(), lambda root: (root / "images/p09.jpg").rename(root / "images/p09")),
-                  "1 files without suffix .p09 for one.*call this one p09.jpg"),
+                  "p09: not read; .*call this one p09.jpg"),
     "one label": (folder(masked=1), "no labelled image is left .*; two are needed, as one is for validation",
                   pictures("masks/p01.png", 1, part=1)),
     "two labels": (folder(masked=2), "1 of the 2 labelled"),
@@ -563,45 +563,45 @@ CASES = {
     "no photographs": (folder(count=0), "images: no photographs in it", lambda root, said: folder()(root)),
     "no folder": (folder(images="."), "call the folder of the photographs images/", move("*.jpg", "images")),
     "Segments.ai": (folder(masks="images", name="p{:02d}_label_ground-truth.png"),
-                    "p00_label_ground-truth.png: 6 files like .*, this one as p00.png",
+                    "p00_label_ground-truth.png .one of 6.: looks .*, this one as p00.png",
                     move("images/*.png", "masks", without("_label_ground-truth"))),
-    **{kind: (folder(masks="labels", name=f"p{{:02d}}{end}.png"), "labels: 6 files .*, this one as p00.png",
+    **{kind: (folder(masks="labels", name=f"p{{:02d}}{end}.png"), "labels/.*one of 6.: .*, this one as p00",
               move("labels/*", "masks", without(end))) for kind, end in (("fastai", "_P"), ("CamVid", "_L"))},
-    "one name": (folder(names="thing"), "1 lines; .* and background is a class, too",
+    "one name": (folder(names="thing"), "from 2 to 255 lines .*, not 1: .* and background is a class, too",
                  texts("class_names.txt", "background\nthing")),
     "CVAT, the rest is ignored": (cvat("ignore:0,0,0::\nthing:184,61,245::\n"), "let a line name the rest",
                                   texts("labelmap.txt", "background:0,0,0::\nthing:184,61,245::\n")),
-    "test_masks/": (folder(masks="test_masks"), "test_masks: 6 files .png .*if they are masks, move them",
+    "test_masks/": (folder(masks="test_masks"), "test_masks/.*png .one of 6.: not read; if they are masks",
                     move("test_masks/*", "masks")),
     "nnU-Net": (folder(image="c_{:03d}_0000.jpg", name="c_{:03d}.png"),
                 ": call this one c_000_0000.png",
                 move("masks/*", "masks", without(".png", "_0000.png"))),
     "labels of Cityscapes": (folder(image="c_{}_leftImg8bit.jpg", name="c_{}_gtFine_labelIds.png"),
-                             "6 masks like this one .*: call this one c_0_leftImg8bit.png",
+                             "one of 6.: a mask .*: call this one c_0_leftImg8bit.png",
                              move("masks/*", "masks", without("gtFine_labelIds", "leftImg8bit"))),
     "labels/ among photographs": (
         both(folder(images="images/a", masked=3), folder(images="images/a", masks="images/labels")),
-        "6 files like this one look like masks, and are read as photographs; move them elsewhere",
+        "one of 6.: looks like a mask, and is read as a photograph; move such files elsewhere",
         move("images/labels/*.png", "elsewhere")),
-    "a photograph and its mask": (folder(masks="images"), "have one name .6 such pairs.; .*if one is a mask, "
+    "a photograph and its mask": (folder(masks="images"), "one of 6.: have one name; .*if one is a mask, "
                                   "move it into a folder masks/ beside images/",
                                   move("images/*.png", "masks")),
     "masks of 16 bits among photographs": (
         folder(lambda labels: labels.astype(np.uint16), masks="images", name="p{:02d}_x.png"),
         "p00_x.png: has more than 8 bits a channel .and 5 more.; it looks like a mask: move it to the masks",
         move("images/*.png", "masks", without("_x"))),
-    "a folder for each class": (one_class_each, "background/p00.png and .*thing/p00.png: one image has both "
-                                ".*6 such images.; merge", merge),
+    "a folder for each class": (
+        one_class_each, "background/p00.png and .*thing/p00.png .one of 6.: one image .*; merge", merge),
     "an image in the folder of its class": (one_folder_each, "hold one alone, beside 255", merge_classes),
     "a folder for each image": (lambda root: one_class_each(root, "p{1:02d}/{0}.png"),
-                                "12 masks like this one are one of several of an image, .*merge them", merge),
+                                "one of 12.: one of several masks of an image, .*merge them", merge),
     "folders for each class beside": (
         lambda root: (one_class_each(root), [(root / "masks" / name).rename(root / name) for name in (
             "background", "thing")], (root / "masks").rmdir()),
-        "background: 6 files .png .*others have the same names: .*merge.*\\n.*thing: 6 files",
+        "background/.*png .one of 6.: .*others have the same names: .*merge.*\\n.*thing/.*one of 6",
         lambda root, said: folder()(root)),
-    "a file for each class": (lambda root: one_class_each(root, "p{:02d}_{}.png"), "12 masks like this one "
-                              "are one of several of an image, .*merge them", merge),
+    "a file for each class": (lambda root: one_class_each(root, "p{:02d}_{}.png"),
+                              "one of 12.: one of several masks of an image, .*merge them", merge),
     "georeferences": (files(b"1", *(f"{name}{suffix}" for name in ("images/p00", "masks/p00")
                                     for suffix in (".jgw", ".pgw", ".wld", ".tfw", ".png.aux.xml"))), None),
     "a link to itself": (both(folder(), link("images", "images/images", "images/again")), None),
@@ -611,7 +611,7 @@ CASES = {
     "numbered alike, and masks otherwise": (both(
         folder(images="images/train", masks="masks/train", name="p{:02d}_gt.png"),
         folder(images="images/val", masks="masks/val", name="p{:02d}_gt.png", count=3)),
-        "9 masks like this one have no image .*: call this one p0.*.png",
+        "one of 9.: a mask without an image .*: call this one p0.*.png",
         lambda root, said: [move(f"masks/{part}/*", f"masks/{part}", without("_gt"))(root, said)
                             for part in ("train", "val")]),
     "numbered alike": (both(folder(images="images/train", masks="masks/train"), folder(
@@ -634,9 +634,9 @@ CASES = {
     "not UTF-8": (both(folder(), lambda root: (root / "images/p09.jpg").rename(root / "images/p\udce9.jpg")),
                   r"strange name 'p\\udce9.jpg'; rename",
                   move("images/p\udce9.jpg", "images", lambda _: "q.jpg")),
-    "not UTF-8, and unused": (files(HEIC, "images/p\udce9.heic"), r"1 files .heic .p\\udce9.heic for one"),
+    "not UTF-8, and unused": (files(HEIC, "images/p\udce9.heic"), r"p\\udce9.heic: not read"),
     "two of one stem": (both(folder(), lambda root: save(scene(3)[0], root / "images/p02.png")),
-                        "have one name .1 such pairs.; rename", remove("images/p02.png"),
+                        "have one name; rename", remove("images/p02.png"),
                         move("images/p02.png", "images", lambda _: "q.png")),
     # Files that cannot be read, and odd ones that can
     "turned by EXIF": (both(folder(), lambda root: [
@@ -710,7 +710,7 @@ def test_what_is_said(tmp_path, name):
     for image in open_data("custom", root).images.values() if not remedies else ():
         assert open_photograph(image).convert("RGB").size in ((48, 32), (32, 48))
     if pattern is None:
-        assert not re.search("not read|like this one|holds? ", said), said
+        assert not re.search("not read|: a |: looks |: one of |holds? ", said), said
     if code == 0:
         command = shlex.split(said.splitlines()[-1].removeprefix("nothing wrong; next: "))
         settings = parse_arguments(command[2:])
@@ -720,23 +720,23 @@ def test_what_is_said(tmp_path, name):
 
 NOTES = {
     "label images among photographs": (both(folder(), folder(masks="images", name="x{:02d}.png")),
-                                       "6 files like this one look like masks, .*; move them into .*masks/$",
+                                       "one of 6.: looks like a mask, .*; move such files into .*masks/$",
                                        move("images/*.png", "masks")),
     "of two colours": (both(folder(), folder(coloured(MEADOW, DISC), masks="images", name="x{:02d}.png")),
-                       "6 files like this one look like masks", move("images/*.png", "elsewhere")),
+                       "one of 6.: looks like a mask", move("images/*.png", "elsewhere")),
     "numbered alike, and masks of one folder": (
         both(folder(images="images/train"), folder(images="images/val", count=4, masked=0)),
-        "4 masks like this one have no image .*and its folder, if several images have that stem",
+        "one of 4.: a mask without an image .*and its folder, if several images have that stem",
         lambda root, said: [move("masks/p0[4-9].png", "masks/train")(root, said),
                             move("masks/*.png", "masks/train")(root, said)]),
     "copies in validation": (both(train_and_val, folder(
         masked=0, images="images/train", image="copy{:02d}.jpg")),
-                             "val/v0.jpg: 3 validation images like this one are training images under "
+                             "val/v0.jpg .one of 3.: a validation image that is a training image under "
                              "another name, here .*keep one copy of each", lambda root, said: [
                                  (root / f"images/{name}.jpg").unlink() for i in range(3) for name in (
                                      f"train/p{i:02d}", f"train/copy{i:02d}")]),
     "val/ without masks": (both(train_and_val, folder(images="images/val", masked=0, image="w{}.jpg")),
-                           "12 photographs in val/ have no mask or are not in val.txt, and are not used",
+                           "one of 12.: a photograph in val/ without a mask or not in val.txt, which",
                            move("images/val/w*", "images/train")),
 }
 

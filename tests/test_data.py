@@ -346,7 +346,7 @@ def test_a_supervised_run_needs_no_unlabelled_image_that_its_list_names(tmp_path
     (root / "ImageSets/Segmentation/train.txt").write_text("im0\nim1\nim7\ngone\n")
     found = open_data("custom", root)
     assert problems(found, found.labelled, []) == []
-    assert "1 listed images are missing: gone" in problems(found, found.labelled, ["gone", "im7"])[0]
+    assert "listed images are missing (1): gone" in problems(found, found.labelled, ["gone", "im7"])[0]
 
 
 def test_twins_are_equal_in_every_byte(tmp_path):
@@ -358,7 +358,7 @@ def test_twins_are_equal_in_every_byte(tmp_path):
             save(root / f"JPEGImages/{name}.bmp", pixels)
         found = open_data("custom", root)
         notes = check_data(found, found.labelled, [*{*found.train} - {*found.labelled}]).notes
-        assert any("im4.bmp: 1 validation images" in note for note in notes) == expected
+        assert any("im4.bmp: a validation image" in note for note in notes) == expected
     found.val = found.train  # the same image in both lists is no twin
     assert "another name" not in str(check_data(found, found.labelled, []))
 

@@ -296,7 +296,7 @@ def test_a_list_of_other_images_is_evaluated(tmp_path, capsys, monkeypatch, proc
 
 
 @pytest.mark.parametrize("text, message", [
-    ("im0\nim9\nx\n", "list.txt: 2 ids have no image with a mask under --data-root: im9, x; take them off"),
+    ("im0\nim9\nx\n", "list.txt: without an image and a mask under --data-root (2): im9, x; take them off"),
     ("# none\n", "list.txt: is empty; write one id per line"), (None, "list.txt: no such file"),
     ("im0\nim0\n", "list.txt: ids listed twice: im0")])
 def test_a_list_that_cannot_be_evaluated_gets_one_line(tmp_path, capsys, text, message):
@@ -317,7 +317,7 @@ def test_images_that_training_had_the_masks_of_are_said(tmp_path, capsys):
     (tmp_path / "list.txt").write_text("im1\nim4\n")
     evaluate.main([str(path), "--list", str(tmp_path / "list.txt")])
     said = capsys.readouterr().out
-    assert "2 images of " in said and "list.txt\n1 of them were labelled in training: im1\n" in said
+    assert "2 images of " in said and "list.txt\nlabelled in training, of these: 1 (im1)\n" in said
 
 
 def add_lists(path, **lists):
@@ -341,7 +341,7 @@ def test_which_images_are_evaluated(tmp_path, capsys):
     moved.rename(root)
     assert said().startswith("1 images of the run's validation set\n  ")
     other = custom(tmp_path / "other", images=4, masks=3, val=0)
-    assert f"3 images with a mask in {other}\n2 of them were labelled in training: im0, im1\n" in (
+    assert f"3 images with a mask in {other}\nlabelled in training, of these: 2 (im0, im1)\n" in (
         said("--data-root", other))
     (other / "ImageSets/Segmentation").mkdir(parents=True, exist_ok=True)
     (other / "ImageSets/Segmentation/val.txt").write_text("im2\n")
@@ -470,7 +470,7 @@ def test_each_image_is_predicted_once_for_its_panel_and_the_table(tmp_path, caps
     evaluate.main([ours, "--pictures", str(tmp_path / "panels")])
     assert len(calls) == 2  # im4 and im5
     said = capsys.readouterr().out
-    assert f"2 panels: {tmp_path}/panels/ID.png\n" in said
+    assert f"\npanels: {tmp_path}/panels/ID.png\n" in said
     data = open_data("custom", root)
     truth = np.array(colourize(data.mask("im4"), data.palette).convert("RGB"))
     columns = columns_of(tmp_path / "panels" / "im4.png", 3)

@@ -33,7 +33,7 @@ def test_predict_files_writes_maps_at_the_photographs_own_upright_size(tmp_path,
     assert predict_files(Brightness(), STATE, [inputs], out, torch.device("cpu")) == 2
     captured = capsys.readouterr()
     assert "broken.jpg" in captured.err
-    assert f"2 photographs predicted, 2 skipped; written to {out}:\n  STEM.png " in captured.out
+    assert f"photographs predicted: 2, skipped: 2; written to {out}:\n  STEM.png " in captured.out
     assert "new.HEIC: cannot be read (HEIC or AVIF); convert it to JPEG" in captured.err
     for name in ("phone", "plain"):
         labels = Image.open(out / f"{name}.png")
@@ -94,7 +94,7 @@ def test_the_prediction_of_photographs_says_how_far_it_is(tmp_path, monkeypatch,
     for i in range(3):
         Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
     predict_files(Brightness(), STATE, [tmp_path], tmp_path / "out", torch.device("cpu"))
-    assert capsys.readouterr().out.startswith("1 of 3 photographs, 0:00:12 left\n3 photographs predicted, 0 ")
+    assert capsys.readouterr().out.startswith("1 of 3 photographs, 0:00:12 left\nphotographs predicted: 3")
 
 
 def test_the_help_names_the_files_that_are_written(capsys):
@@ -148,7 +148,7 @@ def test_hidden_files_and_folders_are_left_out_and_no_file_is_taken_twice(tmp_pa
     Image.new("RGB", (8, 8)).save(tmp_path / "x.JPG")
     paths = [tmp_path, tmp_path / "x.JPG"]
     assert predict_files(Brightness(), STATE, paths, tmp_path / "out", torch.device("cpu")) == 0
-    assert "1 photographs predicted, 0 skipped" in capsys.readouterr().out
+    assert "photographs predicted: 1, skipped: 0" in capsys.readouterr().out
 
 
 def test_photographs_in_subfolders_are_found_as_training_finds_them(tmp_path, capsys):

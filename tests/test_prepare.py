@@ -582,7 +582,7 @@ def test_masks_in_test_are_read_by_their_colours_too(tmp_path):
     (tmp_path / "labelmap.txt").write_text("thing:200,0,0\nbackground:0,0,0\n")
     assert np.array_equal(labels(tmp_path, "t01"), test_cases.scene(1)[1])
     said = report("--dataset", "custom", "--data-root", tmp_path)[1]
-    assert "12 photographs in test/ or on test.txt are not trained on" in said
+    assert "(one of 12): a photograph in test/ or on test.txt, which is not trained on" in said
 
 
 def test_masks_that_an_earlier_version_made(tmp_path):
@@ -592,13 +592,13 @@ def test_masks_that_an_earlier_version_made(tmp_path):
         (root / "SegmentationClassIds").mkdir(exist_ok=True)
         data_mask.save(root / "SegmentationClassIds" / f"{name}.png")
     said = report("--dataset", "custom", "--data-root", root)[1]
-    assert "SegmentationClassIds: 3 masks are not read, as " in said
+    assert "(one of 3): not read, as " in said
     (root / "labelmap.txt").unlink()
     (root / "class_names.txt").write_text("background\nroad\ncar\n")
     assert data.open_data("custom", root).folders[1].name == "SegmentationClassIds"
     Image.fromarray(COLOURS[IDS]).save(root / "SegmentationClass" / "d.png")
     said = report("--dataset", "custom", "--data-root", root)[1]
-    assert "(d.png for one) are not read; if they are masks, move them into" in said
+    assert "d.png: not read; if they are masks, move them into" in said
     (root / "SegmentationClass/d.png").rename(root / "SegmentationClassIds/d.png")  # as it says
     assert "d.png: in colour" in report("--dataset", "custom", "--data-root", root)[2]
 

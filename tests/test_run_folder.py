@@ -655,9 +655,9 @@ def test_a_photograph_that_can_only_be_removed_does_not_cost_the_run(tmp_path, s
     (root / "ImageSets/Segmentation/val.txt").write_text("im6\n")
     code, said, err = run(*flags)
     assert code == 0, err
-    assert ("5 unlabelled images are gone (im10, im11, im12 and 2 more): from iteration 6 on, the run "
+    assert ("unlabelled images are gone (5: im10, im11, im12 and 2 more): from iteration 6 on, the run "
             "uses the 11 that are left") in said
-    assert "1 val images are gone (im7): from iteration 6 on, the run uses the 1 that are left" in said
+    assert "val images are gone (1: im7): from iteration 6 on, the run uses the 1 that are left" in said
     assert lines(out)[-1]["iteration"] == 16  # as long a run as before
     drawn = [row.split(",")[:2] for row in (out / "hardness.csv").read_text().splitlines()[1:]]
     kept = {f"im{i}" for i in (8, *range(14, 24))}
@@ -665,7 +665,7 @@ def test_a_photograph_that_can_only_be_removed_does_not_cost_the_run(tmp_path, s
     assert set((out / "unlabelled.txt").read_text().split()) == kept
     save(root / "JPEGImages" / "im30.jpg", np.zeros((12, 16, 3)))
     code, _, err = run(*flags)
-    assert code == 2 and "1 more unlabelled images" in err and "give another --out" in err
+    assert code == 2 and "more unlabelled images (1)" in err and "give another --out" in err
 
 
 @pytest.mark.parametrize("masks", [10, 20])
@@ -677,13 +677,13 @@ def test_a_labelled_image_is_removed_and_the_run_resumes(tmp_path, small, masks)
     (root / "SegmentationClass" / "im1.png").unlink()
     code, said, err = run(*flags)
     if masks == 20:  # of which validation has a fifth, and now one less
-        assert code == 2 and "1 more labelled images" in err and f"--split {out}/labelled.txt" in err
+        assert code == 2 and "more labelled images (1)" in err and f"--split {out}/labelled.txt" in err
         (root / "ImageSets/Segmentation").mkdir(parents=True)
         shutil.copy(out / "val.txt", root / "ImageSets/Segmentation/")
         labelled = (out / "labelled.txt").read_text()
         (out / "labelled.txt").write_text(labelled.replace("im1\n", ""))
         code, said, err = run(*flags, "--split", out / "labelled.txt")
-    assert code == 0 and "1 labelled images are gone (im1): from iteration 2 on" in said, err
+    assert code == 0 and "labelled images are gone (1: im1): from iteration 2 on" in said, err
 
 
 def test_another_data_root_is_said(tmp_path, small):
@@ -867,7 +867,7 @@ def test_a_photograph_that_turns_out_to_be_broken_is_named_and_can_be_removed(tm
     assert "im9.png: cannot be read (" in err and "replace or remove it; saved iteration" in err
     (root / "JPEGImages" / "im9.png").unlink()
     code, said, err = run(*flags)
-    assert code == 0 and "1 unlabelled images are gone (im9)" in said, err
+    assert code == 0 and "unlabelled images are gone (1: im9)" in said, err
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -1036,4 +1036,4 @@ def test_a_result_of_few_validation_images_is_called_noisy(tmp_path, small, val,
     root = custom(tmp_path / "data", images=18, masks=14, val=val)
     flags = ["--dataset", "custom", "--data-root", root, "--iters", 1, "--out", tmp_path / "out"]
     _, out, _ = run(*TINY, *flags)
-    assert ("It is noisy: there are only 2 validation images.\n" in out) == noisy
+    assert ("It is noisy: the number of validation images is 2.\n" in out) == noisy
