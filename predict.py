@@ -82,10 +82,10 @@ def predict_files(model, state, paths, folder, device, pair=None):
     is named on stderr and skipped. Returns how many were. OSError: `folder` cannot be written.
     """
     photographs, settings = find_photographs(paths), state["settings"]
-    root = settings.get("data_root")
-    if root and folder.resolve().is_relative_to(Path(root).resolve()):
-        raise InputError(f"--out {folder}: lies in {root}, where training would take results for photographs "
-                         f"or masks; give a folder elsewhere")
+    for place in (folder.resolve(), *folder.resolve().parents):
+        if (place / "class_names.txt").exists() or (place / "labelmap.txt").exists():
+            raise InputError(f"--out {folder}: lies in the data set {place}, where training would take "
+                             f"results for photographs or masks; give a folder elsewhere")
     results = RESULTS | RANKING if pair else RESULTS
     taken = {file.resolve() for file in photographs}  # no result may overwrite these
     for table in (folder / name for name in results if name.endswith(".csv")):

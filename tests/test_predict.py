@@ -250,11 +250,13 @@ def test_the_hardness_log_of_a_run_is_never_overwritten(tmp_path, capsys):
 
 def test_results_are_never_written_among_the_data(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "x.jpg")
-    state = STATE | {"settings": STATE["settings"] | {"data_root": str(tmp_path / "mine")}}
-    arguments = Brightness(), state, [tmp_path / "x.jpg"]
-    for folder in ("mine", "mine/masks"):
-        with pytest.raises(InputError, match="lies in .*mine, where training .*; give a folder elsewhere$"):
-            predict_files(*arguments, tmp_path / folder, torch.device("cpu"))
+    arguments = Brightness(), STATE, [tmp_path / "x.jpg"]
+    for name in ("class_names.txt", "labelmap.txt"):
+        (tmp_path / name[:5]).mkdir()
+        (tmp_path / name[:5] / name).write_text("")
+        for folder in (name[:5], f"{name[:5]}/masks"):
+            with pytest.raises(InputError, match=f"the data set .*{name[:5]}, .*; give a folder elsewhere$"):
+                predict_files(*arguments, tmp_path / folder, torch.device("cpu"))
     assert predict_files(*arguments, tmp_path / "elsewhere", torch.device("cpu")) == 0
 
 
