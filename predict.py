@@ -83,7 +83,8 @@ def predict_files(model, state, paths, folder, device, pair=None):
     """
     photographs, settings = find_photographs(paths), state["settings"]
     for place in (folder.resolve(), *folder.resolve().parents):
-        if (place / "class_names.txt").exists() or (place / "labelmap.txt").exists():
+        beside = {path.name for path in place.glob("*")}
+        if beside & {"images", "JPEGImages"} and beside & {"class_names.txt", "labelmap.txt"}:
             raise InputError(f"--out {folder}: lies in the data set {place}, where training would take "
                              f"results for photographs or masks; give a folder elsewhere")
     results = RESULTS | RANKING if pair else RESULTS

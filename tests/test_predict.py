@@ -252,7 +252,7 @@ def test_results_are_never_written_among_the_data(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "x.jpg")
     arguments = Brightness(), STATE, [tmp_path / "x.jpg"]
     for name in ("class_names.txt", "labelmap.txt"):
-        (tmp_path / name[:5]).mkdir()
+        (tmp_path / name[:5] / "images").mkdir(parents=True)
         (tmp_path / name[:5] / name).write_text("")
         for folder in (name[:5], f"{name[:5]}/masks"):
             with pytest.raises(InputError, match=f"the data set .*{name[:5]}, .*; give a folder elsewhere$"):
