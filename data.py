@@ -180,6 +180,8 @@ def read_mask(path):
                 ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
                 ramp.putpalette(picture.getpalette())
                 return np.array(picture), colours_of(ramp)[0]
+            if ";16" in how:  # of which Pillow keeps 8
+                raise InputError(f"{path}: has channels of 16 bits; export it with 8 bits a channel")
             return None, colours_of(picture)
 
 
