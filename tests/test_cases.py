@@ -396,8 +396,10 @@ CASES = {
     "masks as TIFF of 64 bits": (files(tiff(3, 64), "masks/p00.tif", name="p{:02d}.tif"),
                                  "TIFF of a kind that Pillow does not know.*; save it again as uint8",
                                  export_again),
-    "colours of 16 bits": (both(folder(masked=0), lambda root: [write(
-        root / f"masks/p{i:02d}.tif", tiff(3, 16)) for i in range(6)]), "has channels of 16 bits .and 5 more.; export it", export_again),
+    "colours of 16 bits": (
+        both(folder(masked=0), lambda root: [write(
+            root / f"masks/p{i:02d}.tif", tiff(3, 16)) for i in range(6)]),
+        "has channels of 16 bits .and 5 more.; export it", export_again),
     "masks as GIF": (folder(name="p{:02d}.gif"), "p00.gif: in colour", paste),
     "masks as JPEG of another name": (
         both(folder(masked=0), lambda root: [save(scene(i)[1], root / f"masks/p{i:02d}.png", format="JPEG")
