@@ -18,7 +18,7 @@ from torchvision.datasets import Cityscapes
 
 from shapes import SHAPES_CLASSES, draw_shapes
 
-if sys.version_info.minor < 10:  # every command comes by here
+if sys.version_info.minor < 10:  # every command imports this file
     sys.exit(f"HagSeg needs Python 3.10 or later; this is {sys.version_info[0]}.{sys.version_info[1]}")
 
 IGNORE = 255
@@ -35,7 +35,7 @@ VOC_CLASSES = [
     "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
     "tvmonitor"]
 CITYSCAPES = sorted((c for c in Cityscapes.classes if 0 <= c.train_id < IGNORE), key=lambda c: c.train_id)
-TRAINING_SETS = {"voc": 10582, "voc_classic": 1464, "cityscapes": 2975}  # what a split is a part of
+TRAINING_SETS = {"voc": 10582, "voc_classic": 1464, "cityscapes": 2975}  # images that a split divides
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 TEST = "test(ing)?"  # what the folder of a test set is called
 HEIC_SUFFIXES = {".heic", ".heif"}  # photographs too, which Pillow cannot read
@@ -44,10 +44,10 @@ MASK_FOLDERS = ("SegmentationClassPNG", "SegmentationClass", "masks")
 BLENDED_MASKS = "SegmentationClassAug"
 VOC_PLACES = "JPEGImages", (".", "VOC2012", "VOCdevkit/VOC2012", "..")  # for find_folder
 OLD_MASKS = "SegmentationClassIds"  # the index PNGs that earlier versions made of colour-coded masks
-FEW_COLOURS = 20  # a picture with no more is a label image, not a photograph
+FEW_COLOURS = 20  # a photograph has more, a label image has not
 OKABE_ITO = [(0, 0, 0), (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178),
              (213, 94, 0), (204, 121, 167)]
-warnings.filterwarnings("ignore", module=r"PIL\.")  # odd metadata, large photographs: both are read
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd metadata and large photographs, which are read
 
 
 def voc_palette(num_classes):
@@ -57,8 +57,8 @@ def voc_palette(num_classes):
 
 
 def distinct_palette(num_classes):
-    """Colours that can also be told apart by people who cannot tell red from green: the eight of Okabe and
-    Ito (2008), "Color Universal Design"; beyond those their darker and lighter shades, then VOC's."""
+    """Colours that colour-blind people can tell apart, too: the eight of Okabe and Ito (2008), "Color
+    Universal Design"; then their darker and lighter shades; then VOC's."""
     eight = np.array(OKABE_ITO)
     shades = np.concatenate([eight, eight[1:] // 2, (eight + 255) // 2])[:num_classes]
     return [*map(tuple, shades.tolist()), *voc_palette(num_classes)[len(shades):]]
@@ -95,12 +95,12 @@ class SegmentationData:
         return open_photograph(self.images[name])
 
     def labels(self, name):
-        """(labels, palette) of a mask: (H, W) integers, which may hold ids that no class has; and of an index
-        PNG without a label map the codes of its 256 colours, else None. Raises InputError for what cannot be
-        read, is in colour, or has a colour that the label map lacks."""
+        """(labels, palette) of a mask. labels: (H, W) integers, which may be the ids of no class. palette:
+        the 256 colours of an index PNG that is read without a label map, else None. Raises InputError for a
+        mask that cannot be read, is in colour, or has a colour that the label map lacks."""
         path = self.masks[name]
         if self.label_map:
-            if name not in self.packed:  # a PNG in colour takes four times as long to decode
+            if name not in self.packed:  # decoding a PNG in colour again would take four times as long
                 labels = labels_by_colour(path, self.label_map, self.classes)
                 self.packed[name] = labels.shape, zlib.compress(labels, 1)
             shape, packed = self.packed[name]
@@ -135,13 +135,13 @@ class SegmentationData:
 
 
 def command(script, dataset, root, *options):
-    """A whole command, for a message, as it can be pasted into a shell."""
+    """A command for a message, complete, and quoted for a shell."""
     where = ["--data-root", str(root)] if root else []
     return shlex.join(["python", script, "--dataset", dataset, *where, *options])
 
 
 def open_photograph(path):
-    """A Pillow image, upright, and not decoded yet unless it had to be turned. Raises InputError."""
+    """A photograph as a Pillow image, upright. Only turning it decodes it. Raises InputError."""
     with reading(path):
         image = Image.open(path)
         if image.mode[0] in "IF" or ";16" in str(image.tile[:1]):  # of 16 bits in RGB Pillow keeps 8
@@ -163,8 +163,9 @@ def upright(image):
 
 
 def read_mask(path):
-    """(pixels, colours) of a mask: (H, W) indices and their (256,) colours; (H, W) ids, grey values or bits,
-    and None; or None and the (H, W) colours. A colour is the number r + 256 g + 65536 b."""
+    """(pixels, colours) of a mask. Indices (H, W) come with their colours (256,). Ids, grey values or bits
+    (H, W) come with None. Of a mask in colour the pixels are None and the colours (H, W). A colour is the
+    number r + 256 g + 65536 b."""
     with reading(path):
         if path.suffix.lower() == ".npy":
             return whole_numbers(np.load(path)), None
@@ -191,7 +192,7 @@ def colours_of(picture):
 
 
 def whole_numbers(pixels):
-    """(H, W) numbers of any type as ids of 16 bits, labelme's -1 as 255. Raises ValueError for others."""
+    """(H, W) numbers of any type as integers below 65536; labelme's -1 becomes 255. Raises ValueError."""
     signed = pixels.dtype.kind in "if"
     pixels = np.where(pixels == -1, IGNORE, pixels) if signed else pixels
     if pixels.ndim != 2 or pixels.max() > 65535 or signed and ((pixels < 0) | (pixels % 1 != 0)).any():
@@ -200,7 +201,7 @@ def whole_numbers(pixels):
 
 
 def read_colours(path):
-    """read_mask(path), where ids, grey values and bits have the colours of grey values."""
+    """As read_mask, but ids, grey values and bits come with the 256 greys as their colours."""
     pixels, colours = read_mask(path)
     if colours is None:
         with reading(path):
@@ -212,9 +213,9 @@ def read_colours(path):
 
 
 def labels_by_colour(path, label_map, classes):
-    """The labels, (H, W) uint8, of a mask that is read through the label map."""
+    """The class ids, (H, W) uint8, of a mask whose colours are looked up in the label map."""
     pixels, colours = read_colours(path)
-    table = np.zeros(1 << 24, np.uint16)  # 1 + id; zeros take no memory where nobody looks
+    table = np.zeros(1 << 24, np.uint16)  # colour -> 1 + id; untouched zeros take no memory
     for (r, g, b), label in label_map.items():
         table[r | g << 8 | b << 16] = 1 + (IGNORE if label == "ignore" else classes.index(label))
     labels = table[colours] if pixels is None else table[colours][pixels]
@@ -230,11 +231,11 @@ def written(colour):
 
 
 def looks_like_mask(path):
-    """Whether a picture has few colours, as label images have and photographs have not."""
+    """Whether a picture has as few colours as a label image."""
     if path.suffix.lower() not in MASK_SUFFIXES:
         return False
     with suppress(Exception), Image.open(path) as picture:
-        dense = 0.3 if picture.format == "PNG" else 1.1  # bytes a pixel: photographs need not be decoded
+        dense = 0.3 if picture.format == "PNG" else 1.1  # bytes a pixel; a photograph has more, undecoded
         if path.stat().st_size < 1024 + dense * picture.width * picture.height:
             colours = np.unique(picture) if picture.mode[0] in "IF" else picture.getcolors(FEW_COLOURS) or ()
             return 2 <= len(colours) <= FEW_COLOURS
@@ -243,7 +244,7 @@ def looks_like_mask(path):
 
 @contextmanager
 def reading(path):
-    """Makes an InputError, which names the file and the remedy, of whatever reading it raises."""
+    """Turns any error of reading a file into an InputError that names the file and the remedy."""
     try:
         yield
         return
@@ -279,20 +280,20 @@ def short_list(items, most=3):
 
 
 def one_of(items):
-    """The first of some items, with their number, for a message on all of them."""
+    """The first of some items and how many there are, for a message about all of them."""
     return f"{items[0]} (one of {len(items)})" if len(items) > 1 else f"{items[0]}"
 
 
 def walk(top, links_below=None):
-    """Yields the paths of the files below a folder, none hidden and no thumbnails of a Synology NAS, a folder
-    after the other and each once, whatever links to it. With `links_below`, a look around: links to folders
-    are followed only in those folders, and folders that may not be read are passed over."""
+    """Yields the files below a folder, but for hidden ones and the thumbnails of a Synology NAS. Each folder
+    is read once, however many links lead to it. With `links_below`, links are followed only in those folders,
+    and folders without permission are skipped."""
     def identity(folder):
         return os.stat(folder).st_dev, os.stat(folder).st_ino
 
     folders, links, seen = [str(top)], [], {*map(identity, Path(top).resolve().parents)}
     while folders or links:
-        folder = (folders or links).pop(0)  # links last: a folder is known by its own name
+        folder = (folders or links).pop(0)  # links last, so that a folder has its own name
         if identity(folder) in seen or links_below and not os.access(folder, os.R_OK | os.X_OK):
             continue
         seen.add(identity(folder))
@@ -310,8 +311,7 @@ def walk(top, links_below=None):
 
 
 def files_in(folder, suffixes):
-    """The files of a folder with one of the suffixes, sorted; where it has none itself, those below it and
-    behind its links. Hidden ones are left out."""
+    """A folder's own files with one of the suffixes, sorted; if it has none, those below it."""
     found = [path for path in walk(folder) if path.suffix.lower() in suffixes] if folder.is_dir() else []
     return sorted([path for path in found if path.parent == folder] or found)
 
@@ -323,30 +323,34 @@ def tails(path):
 
 
 def name_in(folder, path):
-    """A file's path in a folder without suffix, in Unicode's form NFC, whatever a file system uses."""
+    """A file's path in a folder, without suffix, in Unicode's form NFC: file systems differ in it."""
     return unicodedata.normalize("NFC", os.path.splitext(str(path)[len(str(folder)) + 1:])[0])
 
 
 def in_folder(name, pattern):
-    """Whether a path without suffix leads through a folder of this pattern, as test, Test2 or test_set."""
+    """Whether a folder on a path matches a pattern, perhaps with an ending as in Test2 or test_set."""
     return any(re.fullmatch(pattern + r"[-_ ]?(set|images|\d*)", folder, re.IGNORECASE)
                for folder in name.split("/")[:-1])
 
 
 def with_ids(folder, files, images=None):
-    """id -> file. The id of a photograph is its stem, or where several have it, as in train/ and val/, its
-    path in the folder without suffix; but a test set, in test/, changes no other id. The id of a mask is its
-    photograph's in `images`, else its own."""
-    names, found = [name_in(folder, path) for path in files], {}
+    """id -> file. The id of a photograph is its stem. Where train/ and val/ share a stem, it is the path in
+    the folder, without suffix. (Files in test/ change no other id.) The id of a mask is that of its
+    photograph in `images`: of those in a folder with the name of the mask's, if there are such; else its own.
+    """
+    names, found, known = [name_in(folder, path) for path in files], {}, images or {}
+    folders = {path.parent.name for path in known.values()}
     stem = {name: tails(name)[-1] for name in names}
     all_stems = Counter(stem.values())
     but_test = Counter(stem[name] for name in stem if not in_folder(name, TEST))
     for path, name in zip(files, names):
         alike = (all_stems if in_folder(name, TEST) else but_test)[stem[name]]
-        own = stem[name] if alike == 1 else name
+        own = stem[name] if alike == 1 and stem[name] not in known else name
+        ways = [way for way in tails(name) if way in known and (
+            path.parent.name == known[way].parent.name or path.parent.name not in folders)]
         if re.search("[\n\r\ud800-\udfff]", name):  # the latter: bytes that are no UTF-8
             raise InputError(f"{folder}: a file has the strange name {ascii(path.name)}; rename it")
-        found.setdefault(next((way for way in tails(name) if way in (images or ())), own), []).append(path)
+        found.setdefault([*ways, own][0], []).append(path)
     clashes = [paths for paths in found.values() if len(paths) > 1]
     if clashes:
         text = (f"one image has both as its mask, as if each were of one class; merge the masks of an image "
@@ -363,8 +367,8 @@ def stems(folder, suffixes=(".png",)):
 
 
 def mask_files(root, folders=MASK_FOLDERS):
-    """(folder, files): the masks of own data, in the first of the folders that has some. Of two files of one
-    name a PNG is meant."""
+    """(folder, files): the masks of own data, in the first of the folders that has some. Of two files with
+    one stem, the PNG is taken."""
     for name in folders:
         files = files_in(root / name, MASK_SUFFIXES)
         if files:
@@ -374,7 +378,7 @@ def mask_files(root, folders=MASK_FOLDERS):
 
 
 def open_data(dataset, root=None):
-    """The data set that --dataset and --data-root name. Raises InputError where it is not there."""
+    """The data set of --dataset and --data-root. Raises InputError where it is not there."""
     if dataset == "shapes":
         if root:
             raise InputError(f"--data-root {root}: the data set shapes is drawn, not read; give --dataset "
@@ -424,7 +428,7 @@ def open_voc(root):
 
 
 def open_cityscapes(root):
-    """Cityscapes: leftImg8bit/ and gtFine/; where an image has no labelTrainIds its labelIds are mapped."""
+    """Cityscapes: leftImg8bit/ and gtFine/. labelIds are mapped where there are no labelTrainIds."""
     root = find_folder(root, "leftImg8bit", (".", "cityscapes", ".."))
     if not (root / "gtFine").is_dir():
         raise InputError(f"{root}: no folder gtFine/ in it; unpack gtFine_trainvaltest.zip there")
@@ -472,7 +476,7 @@ def open_custom(root):
     if val_list:
         val = read_list(val_list, images)
     else:
-        # By its name alone, so that an image stays where it is when other masks are added or removed.
+        # Drawn from its name alone, so that an image stays in its part when masks are added or removed.
         draw = {name: np.random.default_rng([*name.encode()]).random() for name in train if name in masks}
         tenth = min(sum(value < 0.1 for value in draw.values()), len(draw) // 5)
         in_val = sorted(name for name in held_out if name in masks)
@@ -487,8 +491,8 @@ def open_custom(root):
 
 
 def own_palette(classes, label_map, masks):
-    """The colours of the label map, else of an index PNG among the first masks, where they can be told apart;
-    else distinct_palette's."""
+    """The colours of the label map, else of an index PNG among the first masks. Where two of them are hard to
+    tell apart: distinct_palette's."""
     shown = {label: colour for colour, label in reversed(label_map.items())}
     for path in [] if label_map else list(masks.values())[:8]:
         with suppress(InputError):
@@ -519,8 +523,8 @@ def read_label_map(path):
 
 
 def class_names(root, label_map):
-    """The names in class_names.txt, or without it in the label map. Black without a line there is ignored
-    from here on, unless background is a class."""
+    """The names in class_names.txt, or else in the label map. Where the label map has no line for black and
+    no class is background, this adds a line that ignores black."""
     names_file, map_file = root / "class_names.txt", root / "labelmap.txt"
     known = [label for label in dict.fromkeys(label_map.values()) if label != "ignore"]
     names = read_class_names(names_file) if names_file.exists() or not label_map else known
@@ -543,8 +547,9 @@ def read_class_names(path):
     other = [name for name in ("classes.txt", "labels.txt", "codes.txt") if path.with_name(name).exists()]
     comments = [name for name in names if re.match(r"#(\s|$)", name)]
     twice = [name for name, count in Counter(names).items() if count > 1]
-    matches = {i: match for i, name in enumerate(names) if (match := re.match(r"(\d+)\b\W*(.*)", name))}
-    numbers, rests = [int(match[1]) for match in matches.values()], {match[2] for match in matches.values()}
+    matches = {i: match for i, name in enumerate(names) if (match := re.search(r"^\d+\b|\b\d+$", name))}
+    numbers = [int(match[0]) for match in matches.values()]
+    rests = {names[i].removeprefix(match[0]).removesuffix(match[0]).strip() for i, match in matches.items()}
     # Distinct names, or none, behind the numbers; but 1 inch and 2 inch are names.
     numbering = sorted(numbers) in ([*range(len(numbers))], [*range(1, len(numbers) + 1)]) and (
         len(rests) == len(numbers) or rests == {""}) and len(names) - len(numbers) < 2 <= len(numbers)
@@ -574,9 +579,9 @@ def read_lines(path):
 
 
 def read_list(path, known=()):
-    """The ids in a list, one a line: one of the `known` ids as it stands, or any form in use: bare ids,
-    JPEGImages/ID.jpg with or without its mask behind it, or leftImg8bit/train/CITY/ID_leftImg8bit.png. A #
-    and a space open a comment."""
+    """The ids in a list, one per line, in any form in use: a `known` id as it is, a bare id,
+    JPEGImages/ID.jpg with or without its mask behind it, or leftImg8bit/train/CITY/ID_leftImg8bit.png. "# "
+    starts a comment."""
     ids = []
     for line in read_lines(path):
         line = unicodedata.normalize("NFC", line)

@@ -470,6 +470,9 @@ CASES = {
     "numbered below a headline": (folder(names="id,name\n0,background\n1,thing"), "numbered 0, 1, but",
                                   texts("class_names.txt", "background\nthing")),
     "numbered from 0": (folder(names="0 background\n1 thing"), None),
+    "numbered behind the names": (folder(names="thing, 2\nbackground, 1"), "numbered 2, 1, but",
+                                  texts("class_names.txt", "background\nthing")),
+    "numbers behind one name": (folder(names="lane 1\nlane 2"), None),
     "classes.txt": (both(folder(names=None), lambda root: write(root / "classes.txt", "a\nb\n")),
                     "or rename classes.txt", move("classes.txt", ".", without("classes", "class_names"))),
     # CVAT
@@ -731,6 +734,11 @@ NOTES = {
         "one of 4.: a mask without an image .*and its folder, if several images have that stem",
         lambda root, said: [move("masks/p0[4-9].png", "masks/train")(root, said),
                             move("masks/*.png", "masks/train")(root, said)]),
+    "a mask of a photograph elsewhere": (
+        both(folder(images="images/1", masks="masks/1"), folder(
+            images="images/2", masks="masks/2", image="q{}.jpg", name="p{:02d}.png", count=8, masked=7)),
+        "masks/2/p00.png .one of 7.: a mask without an image .*and its folder, if",
+        move("masks/2/*", "elsewhere")),
     "copies in validation": (both(train_and_val, folder(
         masked=0, images="images/train", image="copy{:02d}.jpg")),
                              "val/v0.jpg .one of 3.: a validation image that is a training image under "
