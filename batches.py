@@ -1,7 +1,7 @@
 """The batches of a run: seeded draws, loader threads, and the tensors of a global batch.
 
-Every random draw is a function of (seed, iteration, slot in the global batch): no generator lives
-from one iteration to the next, so a run can resume anywhere, on any number of ranks and workers.
+Every random draw is a function of (seed, iteration, slot in the global batch). No generator outlives an
+iteration, so a run can resume anywhere, on any number of ranks and workers.
 """
 
 import queue
@@ -101,7 +101,7 @@ def picture_to_tensor(picture):
 
 def stack_items(items):
     """Items -> a batch. Images are stacked as they lie in memory, channels last, which is several times
-    faster; and by NumPy, as torch would start threads of its own in each loader thread."""
+    faster; and by NumPy, since torch would start threads of its own in each loader thread."""
     batch = {}
     for name, first in items[0].items():
         pixels = [item[name].numpy() for item in items]
@@ -127,13 +127,12 @@ def training_batches(draws, slots, start, stop, workers, pin_memory=False, check
 
 
 def loaded(make, keys, workers, check=None):
-    """Yields make(key) for each of the keys, in their order, made ahead by `workers` threads.
+    """Yields make(key) for each of the keys, in their order. `workers` threads work ahead.
 
-    What make raises is raised in the turn of its key. While an item is waited for, check() is called every
-    second; what it raises ends the wait. Threads make more items a second than as many processes do, and need
-    no shared memory, no socket, and no care for when one dies; they share Python's lock for a quarter of
-    their time, so a rank's threads make at most four times what one does.
-    """
+    An error of make is raised in the turn of its key. During a wait for an item, check() is called every
+    second; its errors end the wait. Threads make more items a second than as many processes do, and need no
+    shared memory and no sockets. They hold Python's lock for a quarter of their time, so a rank's threads
+    make at most four times what one does. """
     if not workers:
         yield from map(make, keys)
         return
@@ -153,8 +152,8 @@ def loaded(make, keys, workers, check=None):
                 check()
         return future.result()
 
-    # Daemons, unlike the threads of a ThreadPoolExecutor: at its exit Python waits for those, and one may
-    # wait for a disk for ever.
+    # Daemons, unlike the threads of a ThreadPoolExecutor, for which Python waits at its exit: one may wait
+    # for a disk for ever.
     threads = [threading.Thread(target=work, daemon=True) for _ in range(workers)]
     for thread in threads:
         thread.start()

@@ -1,4 +1,4 @@
-"""Is a data set fit to train on, and what lies there unused?"""
+"""Is a data set fit to train on, and which of its files are not used?"""
 
 import os
 import re
@@ -13,10 +13,10 @@ from data import (HEIC_SUFFIXES, IGNORE, IMAGE_SUFFIXES, MASK_FOLDERS, MASK_SUFF
                   looks_like_mask, name_in, one_of, reading, short_list, tails, walk, written)
 from ranks import progress
 
-# No pictures: a system's own files, and those in which programs note where on earth a picture lies.
+# No pictures: files of operating systems, and of programs that note where on earth a picture was taken.
 SIDE_FILES = re.compile(r"thumbs\.db|.*\.ini|icon\r|.*:zone\.identifier|"
                         r".*\.(?:[a-z]{1,2}[gf]wx?|wld|ovr|prj|aux\.xml|aae|xmp|thm)", re.I)
-# What folders and files of masks are called, by Segments.ai, Cityscapes, fastai, nnU-Net and others.
+# Names of folders and files of masks, as Segments.ai, Cityscapes, fastai, nnU-Net and others give them.
 MASK_FOLDER = re.compile(r"(?:.*[-_ ]|train|val|test)?(?:masks?|labels?|gts?|segm?\w*|ann(?:ot(?:ation)?s?)?|"
                          r"ground.?truths?)(?:[-_ ].*|tr|ts|ids|\d*)", re.I)
 MASK_ENDING = re.compile(r"(?:[-_. ]*(?:masks?|labels?\w*|gt\w*|seg\w*|annot\w*|ground.?truth|colou?red|png|"
@@ -26,8 +26,13 @@ IMAGE_ENDING = re.compile(r"(?:[-_. ]*(?:img|images?|photo|rgb|sat|leftImg8bit)|
 
 @dataclass
 class Findings:
-    """What a check found: lines that refuse a run, the most telling one first; lines that are only said;
-    how many pixels of the mask of each image hold each id, (256 or more,); each image's longer side."""
+    """What a check found.
+
+    problems:  lines that forbid a run, the most telling one first.
+    notes:     lines that do not.
+    pixels:    id of an image -> how many pixels of its mask have each class id, (256 or more,).
+    sides:     the longer side of each image.
+    """
     problems: list = field(default_factory=list)
     notes: list = field(default_factory=list)
     pixels: dict = field(default_factory=dict)
@@ -35,7 +40,7 @@ class Findings:
 
 
 def check_data(data, labelled, unlabelled, supervised=False):
-    """Whether a run on these ids can go well, as prepare.py and train.py both ask. Returns Findings."""
+    """Check the data for a run on these ids, for prepare.py and train.py alike. Returns Findings."""
     found = check_files(data, sorted({*labelled, *data.val}), [] if supervised else unlabelled)
     both = sorted({*data.train} & {*data.val})
     if both:
@@ -66,7 +71,7 @@ def check_data(data, labelled, unlabelled, supervised=False):
 
 
 def check_files(data, masked, unmasked=()):
-    """Reads the headers and ends of images, and the masks of those in `masked`. Returns Findings."""
+    """Read the headers and ends of images, and the masks of those in `masked`. Returns Findings."""
     found, lines, palettes, with_mask = Findings(), {}, {}, {*masked}
     everything = sorted({*masked, *unmasked})
     for lacking, what, remedy in (
@@ -113,22 +118,24 @@ def check_files(data, masked, unmasked=()):
 
 
 def demand_whole(image, path):
-    """Raise InputError for a photograph that breaks off: a JPEG or PNG by its end, others by decoding."""
+    """Raise InputError for a truncated photograph: a JPEG or PNG without its end, another that does not
+    decode."""
     mark = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}.get(image.format)
-    if not image.format:  # drawn, or turned and so decoded already
+    if not image.format:  # drawn, or decoded already, to turn it
         return
     with reading(path), open(path, "rb") as file:
-        for length in (16, 1 << 16) if mark else ():  # cameras append things of their own
+        for length in (16, 1 << 16) if mark else ():  # cameras append data of their own
             file.seek(max(0, os.fstat(file.fileno()).st_size - length))
             end = file.read()
-            if end.rfind(mark) > end.rfind(b"\xff\xda"):  # a thumbnail's is before the scan
+            if end.rfind(mark) > end.rfind(b"\xff\xda"):  # the end of a thumbnail is before the scan
                 return
         image.draft(None, (1, 1))
         image.load()
 
 
 def check_classes(data, part, names, needed, found):
-    """Add what the masks of a part of the data hold too little of: classes at all, or some class."""
+    """Add a problem if the masks of a part of the data hold fewer than `needed` classes, else a note on those
+    that they lack."""
     pixels = sum((found.pixels[name] for name in names), np.zeros(256, int))
     held = [label for label, count in zip(data.classes, pixels) if count]
     absent = [label for label in data.classes if label not in held]
@@ -146,7 +153,7 @@ def check_classes(data, part, names, needed, found):
 
 
 def check_ids(data, found):
-    """Add a line if masks hold ids that no class has."""
+    """Add a problem if masks hold ids of no class."""
     C = len(data.classes)
     strange = {name: np.flatnonzero(counts[C:]) + C for name, counts in found.pixels.items()}
     files = [data.masks[name] for name, ids in strange.items() if {*ids} - {IGNORE}]
@@ -172,8 +179,8 @@ def check_ids(data, found):
 
 
 def check_palettes(data, palettes, found):
-    """Add a line if two index PNGs give an id that both hold different colours."""
-    shades = {}  # id -> its colour, and the first mask that says so
+    """Add a problem if an id has different colours in two index PNGs."""
+    shades = {}  # id -> its colour, and the first mask with it
     for name, palette in palettes.items():
         for i in np.flatnonzero(found.pixels[name][:IGNORE]) if palette is not None else ():
             colour = written(palette[i])
@@ -185,17 +192,17 @@ def check_palettes(data, palettes, found):
 
 
 def unused(data, pixels):
-    """What lies in an own folder and is not used, or not as it seems to be meant: a line for each kind, with
-    an example, a count, and what to do."""
+    """Lines on files of own data that are not used, or not as they seem to be meant: for each kind an
+    example, the number of such files, and what to do."""
     masks, lines = data.folders[1], []
     owners = {IMAGE_ENDING.sub("", tails(name)[-1]).lower(): tails(name)[-1]
               for name in sorted(data.images, key=len, reverse=True)}
 
-    def owner(path):  # the stem of the image whose mask a file seems to be by its name; None, if its own
+    def owner(path):  # the stem of the image whose mask a file seems to be, unless it is its own
         image = owners.get(MASK_ENDING.sub("", path.stem).lower())
         return None if image == path.stem else image
 
-    def beginning(path):  # the stem of the image with which a name, or its folder's, begins, or None
+    def beginning(path):  # the stem of an image that is the beginning of a name, or the name of its folder
         stem = path.stem.lower()
         starts = [path.parent.name.lower(), *(stem[:cut.start()] for cut in re.finditer("[-_. ]", stem))]
         return next((owners[start] for start in starts[::-1] if start in owners), None)
@@ -208,7 +215,7 @@ def unused(data, pixels):
         return sorted(paths, key=lambda path: (not owner(path), path))
 
     copies = named_first(path for path in data.images.values() if owner(path) or looks_like_mask(path))
-    if any(data.images.get(name) in copies for name in data.masks):  # scans have few colours, too
+    if any(data.images.get(name) in copies for name in data.masks):  # scanned pages have few colours, too
         copies = [path for path in copies if owner(path)]
     meant = owner(copies[0]) if copies else None
     place = f"into {masks}/" + (f", this one as {meant}{copies[0].suffix}, and so on" if meant else "")
@@ -249,7 +256,7 @@ def unused(data, pixels):
 
 
 def twins_of(data):
-    """File of a validation image -> that of a training image with the same bytes."""
+    """Validation image -> training image with the same bytes; both are files."""
     def middle(path):
         with open(path, "rb") as file:
             file.seek(path.stat().st_size // 2)
@@ -264,10 +271,10 @@ def twins_of(data):
 
 
 def unread(data, owner):
-    """unused(): files that are not read, a line for those of a folder and a suffix."""
+    """Lines on files that are not read, one for the files of a folder with the same suffix."""
     (photographs, masks), groups, lines = data.folders, {}, []
     used = {*data.images.values(), *data.masks.values()}
-    # Beside those that are read: where they lie in subfolders, the folder above must stay empty.
+    # Where files may be moved: into a subfolder, if those that are read are in subfolders (see files_in).
     new_image, new_mask = (min(files.values()).parent if files else folder
                            for files, folder in ((data.images, photographs), (data.masks, masks)))
     for path in walk(data.root, (f"{photographs}/", f"{masks}/")):

@@ -51,8 +51,8 @@ def predict(model, image, window=None, max_side=None):
 
     window:     side of the sliding windows; None: the whole image in one pass, unless it has more
                 than WHOLE_IMAGE_PIXELS.
-    max_side:   the image is shrunk until its longer side is this, and the logits are enlarged to
-                the image's own size before the classes are taken (behind windows: the classes are).
+    max_side:   the image is shrunk to this longer side. The logits are enlarged to the image's own size
+                before the classes are taken; with windows the classes themselves are enlarged.
     """
     size = image.shape[-2:]
     image, window = network_input(model, image, window, max_side)
@@ -250,7 +250,7 @@ def to_pictures(image, maps, palette, side=512):
 
 
 def panel(rows, headings, classes, palette):
-    """A picture (Fig. 3b), Pillow RGB, with headings above its columns and a legend. Each of the rows is a
+    """A picture as in Fig. 3(b), Pillow RGB, with headings above its columns, and a legend. Each row is a
     photograph (3, H, W), uint8, and class maps (H, W)."""
     pictures, present = [], set()
     for image, *maps in rows:
@@ -265,7 +265,7 @@ def panel(rows, headings, classes, palette):
 
 
 def with_legend(picture, legend):
-    """A Pillow image above the captions of its legend, as many in a line as fit."""
+    """A Pillow image above the captions of its legend, in as many lines as they need."""
     lines = [legend[:1]]
     for entry in legend[1:]:
         if sum(e.width for e in (*lines[-1], entry)) > picture.width:
@@ -275,12 +275,12 @@ def with_legend(picture, legend):
 
 
 def class_caption(classes, c):
-    """The name of class c, or its id where Pillow's own font, which knows ASCII alone, cannot write it."""
+    """The name of class c, or its id where the name is not ASCII, as Pillow's own font has nothing else."""
     return classes[c] if classes[c].isascii() else f"class {c}"
 
 
 def caption(text, colour=None):
-    """A line of text as a Pillow image, behind a square of a colour of the legend."""
+    """A line of text as a Pillow image; in a legend, behind a square of the class's colour."""
     font, left = ImageFont.load_default(14), 20 if colour else 0
     picture = Image.new("RGB", (left + math.ceil(font.getlength(text)) + 16, 20), "white")
     draw = ImageDraw.Draw(picture)
@@ -304,8 +304,8 @@ def joined(pictures, down=False, gap=4):
 
 
 def chosen_ids(args, data, state):
-    """(ids to evaluate, which they are): those of --list; of the run's own data its validation set, even if
-    other images have got masks since; of other data its validation set, or all images with a mask."""
+    """(ids to evaluate, words for them): the ids in --list; else the run's validation set, if this is the
+    run's data; else the validation set of the other data, or all images there that have a mask."""
     with_mask = data.images.keys() & data.masks.keys()
     if args.list:
         names = read_list(args.list, data.images)
@@ -318,13 +318,13 @@ def chosen_ids(args, data, state):
     lists = state.get("lists")
     if lists and (not args.data_root or with_mask.issuperset(lists["labelled"] + lists["val"])):
         return [name for name in lists["val"] if name in with_mask], "of the run's validation set"
-    if data.notes and args.data_root:  # its validation set would be a guess
+    if data.notes and args.data_root:  # it has no validation set of its own
         return sorted(with_mask), f"with a mask in {data.root}"
     return data.val, f"of the validation set in {data.root}"
 
 
 def open_networks(args, device):
-    """(networks by name, checkpoint): the teacher or the student, and before it that of --beside."""
+    """({name: network}, checkpoint): the teacher or the student, behind that of --beside, if given."""
     network, state = load_model(args.checkpoint, args.student, device)
     if not args.beside:
         return {"student" if args.student else "teacher": network}, state
@@ -339,8 +339,8 @@ def open_networks(args, device):
 
 
 def short_names(one, other):
-    """The names of the nearest folders that differ in two paths, or those of the files in one folder; None
-    for the same file."""
+    """The last folders in which two paths differ, or the files' names if they lie in one folder; None for the
+    same file."""
     pairs = [*zip(one.parts[-2::-1], other.parts[-2::-1]), (one.name, other.name)]
     return next((pair for pair in pairs if pair[0] != pair[1]), None)
 
@@ -375,7 +375,7 @@ def open_images(args, state):
 
 @contextmanager
 def results_into(folder, flag):
-    """Makes an InputError, which names the flag of the folder, of an OSError."""
+    """Turns an OSError into an InputError that names the flag of the folder."""
     try:
         yield
     except OSError as error:

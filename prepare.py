@@ -1,11 +1,12 @@
 """Is the data fit to train on? Checks it, downloads it, writes its label map.
 
-    python prepare.py --dataset NAME --data-root DIR       says what is there, wrong with it, and unused
-    python prepare.py --dataset voc --download             downloads and prepares PASCAL VOC 2012 and SBD
-    python prepare.py --dataset custom --data-root DIR --colours   which colour of the masks is which class
+    python prepare.py --dataset NAME --data-root DIR       says what is there, what is wrong and what is
+    unused python prepare.py --dataset voc --download             downloads and prepares PASCAL VOC 2012 and
+    SBD python prepare.py --dataset custom --data-root DIR --colours   which colour of the masks is which
+    class
 
-Stopped anywhere, the same command resumes: what is unfinished is called .part, and takes its own
-name only when it is complete. What the user has is read, never changed.
+Stopped at any point, it goes on when the same command is run again: unfinished files end in .part, and get
+their names when they are complete. The user's own files are never changed.
 """
 
 import argparse
@@ -43,9 +44,8 @@ BLACK, WHITE = 0, 0xFFFFFF  # codes of colours
 def download_voc(root):
     """Download VOC 2012 and SBD, and make SegmentationClassAug/, a mask for each of the 10,582 ids.
 
-    3.4 GB come from torchvision's addresses, under its checksums; about 8 GB of disk hold it all. What
-    open_voc finds, benchmark_RELEASE/ and the two archives in `root` are used if they are there.
-    """
+    It downloads 3.4 GB from torchvision's addresses, checks them by its checksums, and takes about 8 GB of
+    disk. What open_voc finds, benchmark_RELEASE/ and the two archives are used where `root` has them. """
     try:
         train = data.open_voc(root).train
     except InputError:  # not there, or not complete
@@ -111,7 +111,7 @@ def demand_all(ids, source):
 
 
 def unpacked(root, folder, url, filename, md5):
-    """root / folder: as it is if it is there, else out of an archive that holds it by that name."""
+    """root / folder: as it is there, else from an archive that holds a folder of that name."""
     target, archive = root / folder, root / filename
     if target.exists():
         return target
@@ -122,7 +122,7 @@ def unpacked(root, folder, url, filename, md5):
     try:
         part.mkdir(parents=True)
         with tarfile.open(archive) as tar:
-            # "data" refuses what would be written outside; old Pythons without it trust the checksum.
+            # "data" refuses files outside the folder; old Pythons lack it, and trust the checksum.
             tar.extraction_filter = getattr(tarfile, "data_filter", lambda entry, path: entry)
             tar.extractall(part)
         os.replace(part / folder, target)
@@ -134,7 +134,7 @@ def unpacked(root, folder, url, filename, md5):
 
 
 def fetch(url, archive, md5):
-    """Download an archive, unless it is there. It gets its name when its checksum is right."""
+    """Download an archive, unless it is there. It gets its name once its checksum is right."""
     if check_integrity(archive, md5):
         return
     print(f"{url} -> {archive}", flush=True)
@@ -202,8 +202,9 @@ def write_label_map(root):
 
 
 def find_colours(files):
-    """{colour: [its pixels, a mask that has it, its ids]} of all masks, the most frequent first. The ids are
-    the indices, bits or grey values that stand for it, None for a colour as such."""
+    """{colour: [number of pixels, a mask that has it, its ids]} of all masks, the most frequent first. The
+    ids are the indices, bits or grey values that have this colour; None, where a mask holds the colour
+    itself."""
     found = {}
     for path in progress(files, "masks read"):
         pixels, colours = data.read_colours(path)
@@ -225,7 +226,7 @@ def find_colours(files):
 
 
 def proposed_labels(colours, names):
-    """{colour: label} of find_colours, with a ? where nothing is known."""
+    """{colour: label} for what find_colours returns; a ? where nothing is known."""
     ids = {colour: min(ids) for colour, (_, _, ids) in colours.items() if len(ids) == 1 and None not in ids}
     shared = Counter(ids.values())  # an id of two colours may be two classes
     ids = {colour: i for colour, i in ids.items() if shared[i] == 1}

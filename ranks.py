@@ -1,4 +1,4 @@
-"""What the processes (ranks) of a run do together. With one process each function is the plain thing.
+"""What the processes (ranks) of a run do together. Each function works with a single process, too.
 
 Works alone: torch is all it needs. Shapes: a global batch of B images is b = B / world_size a rank.
 """
@@ -20,12 +20,12 @@ import torch.distributed as dist
 
 
 class StartError(Exception):
-    """Processes that were started in a way that cannot work: one line that says how to start them."""
+    """Processes that cannot work as they were started: one line that says how to start them."""
 
 
 def command_line(*errors):
     """Decorates the main(argv) of a command. StartError or one of `errors`, raised on all ranks, ends it with
-    a line on stderr and the error's exit_code, or 2. Output that the terminal lacks is backslashed."""
+    a line on stderr and the error's exit_code, or 2. Characters that the terminal lacks are escaped."""
     def decorate(main):
         script = Path(main.__code__.co_filename).name
 
@@ -47,9 +47,9 @@ def command_line(*errors):
 
 
 def join():
-    """This process's device, after it joined the others of torchrun, if there are any.
+    """Join the other processes of torchrun, if there are any, and return this one's device.
 
-    Raises StartError where there are more processes than GPUs, or processes that do not know of each other.
+    Raises StartError for more processes than GPUs, and for processes that do not know of each other.
     """
     cuda, world = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE") or 0)
     if not world:
@@ -72,7 +72,7 @@ def join():
 
 
 def demand_one_process():
-    """Raise StartError if srun or mpirun started several of this process, without telling them WORLD_SIZE."""
+    """Raise StartError if srun or mpirun started several processes without WORLD_SIZE."""
     # A job's batch script has SLURM_NTASKS, too, but is no step of the job.
     tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_JOB_ID" in os.environ else "SLURM_NTASKS"
     for launcher, variable in (("srun", tasks), ("mpirun", "OMPI_COMM_WORLD_SIZE"), ("mpirun", "PMI_SIZE")):
@@ -92,8 +92,8 @@ def demand_one_process():
 
 
 def demand_same_lists(lists):
-    """Raise StartError, on all ranks, unless all have the same `lists`, {what: ids}: copies of the data may
-    differ."""
+    """Raise StartError, on all ranks, unless all have the same `lists`, {what: ids}. (Each machine may have
+    its own copy of the data.)"""
     digest = hashlib.sha256(repr(lists).encode(errors="surrogateescape")).hexdigest()
     if len(set(gather_objects(digest))) == 1:
         return
@@ -143,7 +143,7 @@ def own(whole):
 
 
 def say(text):
-    """Print a line, once. That nobody listens any more ends no run."""
+    """Print a line on rank 0. A closed terminal ends no run."""
     if rank() == 0:
         with suppress(OSError):
             print(text, flush=True)

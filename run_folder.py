@@ -5,8 +5,8 @@
     last.pth, best.pth                                       its checkpoints, always whole
     result.txt, predictions.png                              its result
 
-Rank 0 writes all of it. A checkpoint holds the sizes that the logs had when it was written; resuming
-cuts them back to those, so that no line is duplicated or cut off.
+Rank 0 writes all of it. A checkpoint notes the sizes of the logs. A resumed run cuts the logs back to those
+sizes, so that no line is duplicated or cut off.
 """
 
 import csv
@@ -51,7 +51,7 @@ FREE = {"accumulate", "checkpoint_every", "cuda", "data_root", "default_amp", "e
 
 
 class RunError(Exception):
-    """What ends a run that had begun: one line that says why, and how to resume."""
+    """The end of a run that had begun: one line that says why, and how to resume it."""
     exit_code = 1
 
 
@@ -74,8 +74,8 @@ class Run:
         self.printed, self.clock = 0.0, (time.time(), self.start)
 
     def claim(self):
-        """Lock the folder, refuse it if another run is in it, and write down what this run is.
-        Returns the checkpoint to resume from, if there is one, on rank 0."""
+        """Lock the folder, refuse that of another run, and write down the settings of this one. Returns the
+        checkpoint to resume from, if there is one, on rank 0."""
         if rank() != 0:
             return None
         last, best = self.folder / "last.pth", self.folder / "best.pth"
@@ -105,13 +105,13 @@ class Run:
         return state
 
     def compare(self, state):
-        """Refuse the checkpoint of another run; say what differs and may."""
+        """Refuse the checkpoint of another run; say which differences are allowed."""
         old, new = state["settings"], vars(self.args)
         same, notes, remedy = set(FREE), [], "give another --out"
         if old.get("default_amp") and new["default_amp"]:
             same.add("amp")
         if new["epochs"] and new["epochs"] == old.get("epochs"):
-            same.add("iters")  # fewer images left may make fewer iterations, but the run keeps its own
+            same.add("iters")  # fewer images would make fewer iterations, but the run keeps its number
         changed = [f"{name} {old.get(name)} -> {value}" for name, value in new.items()
                    if name not in same and (old.get(name) or None) != (value or None)]
         if list(state["classes"]) != list(self.data.classes):
@@ -162,10 +162,9 @@ class Run:
         together(self.cut_logs, sizes)
 
     def batches(self):
-        """Yields (iteration, batch): what is left of the run, this rank's part of each batch.
+        """Yields (iteration, batch) for the rest of the run: this rank's part of each batch.
 
-        Stopped by a signal, or by a file that cannot be read, the run is saved; then RunError says
-        so, on all ranks.
+        A signal, or a file that cannot be read, ends the run: it is saved, and all ranks raise RunError.
         """
         slots = own(torch.arange(self.args.batch_size)).tolist()
         batches = training_batches(self.draws, slots, self.start, self.args.iters, self.args.workers,
@@ -193,12 +192,12 @@ class Run:
         raise RunError(f"{error}; saved iteration {done}: the same command resumes it") from None
 
     def record(self, iteration, scalars, gamma):
-        """Keep what an iteration measured, on the device: reading it would wait for the device."""
+        """Keep the measurements of an iteration on the device: reading them would wait for it."""
         self.pending.append((iteration, scalars, gamma))
 
     def collect(self):
-        """Fetch what is pending to the host: into self.rows, and each image's gamma into
-        hardness.csv. Raises RunError, on all ranks, for a loss that is not finite."""
+        """Fetch pending measurements to the host: into self.rows, and each image's gamma into hardness.csv.
+        Raises RunError, on all ranks, for a loss that is not finite."""
         if not self.pending:
             return
         iterations, scalars, gammas = zip(*self.pending)
@@ -224,8 +223,8 @@ class Run:
             self.append("hardness.csv", text.getvalue().encode(errors="surrogateescape"))
 
     def log(self, done):
-        """The means since the last line: into metrics.jsonl and TensorBoard every log_every iterations, and
-        every few seconds on the screen, with iteration 1."""
+        """Log the means since the last line: into metrics.jsonl and TensorBoard every log_every iterations;
+        on the screen after the first iteration, and then every few seconds."""
         together(self.collect)
         values = dict(zip(METRICS, self.rows.mean(0).tolist()))
         now, (then, since) = time.time(), self.clock
@@ -286,7 +285,7 @@ class Run:
 
     def write_checkpoint(self, name, done):
         if rank() != 0:
-            self.watch.advance(20)  # rank 0 may take long, and ends by itself where it waits for ever
+            self.watch.advance(20)  # rank 0 may take long, and ends the run itself if it waits for ever
             return
         if not all(p.isfinite().all() for p in self.student.parameters()):
             raise RunError(f"the weights are not finite after iteration {done}; {name} is untouched; "
@@ -305,8 +304,8 @@ class Run:
             write_whole(self.folder / name, buffer.getbuffer(), self.watch.advance)
 
     def validate(self, done):
-        """Mean IoU on val: of the teacher; after the last iteration of both, which is the result.
-        Stopped, the run is saved, and resumes with this validation."""
+        """Measure the teacher's mean IoU on val; after the last iteration the student's, too: the result. A
+        run that is stopped here is saved, and resumes with this validation."""
         finished = done == self.args.iters
         networks = {"teacher": self.teacher} | ({"student": self.student} if finished else {})
         rows = []  # of predictions.png
@@ -316,7 +315,7 @@ class Run:
                 rows.append((image.cpu(), labels.cpu(), maps[0].cpu()))
 
         benchmark = torch.backends.cudnn.benchmark
-        torch.backends.cudnn.benchmark = False  # images of many sizes: a search for each would cost
+        torch.backends.cudnn.benchmark = False  # it would search anew for each size of the images
         try:
             local = evaluate(networks.values(), self.data, self.device, self.args.window,
                              self.args.image_size, self.args.amp, self.args.workers, self.watch.check, look)
@@ -354,7 +353,7 @@ class Run:
             picture.save(self.folder / "predictions.png")
 
     def report(self):
-        """Say the result, once the run is finished, how to use it, and whether L_u taught it anything."""
+        """Print the result, how to use it, and whether the unlabelled images taught the run anything."""
         if rank() != 0:
             return
         result, folder = self.folder / "result.txt", self.folder
@@ -373,7 +372,7 @@ class Run:
                 f"pixels were confident.\nLower --tau, now {self.args.tau}, and give another --out.")
 
     def confident_at_last(self):
-        """The mean confident share over the last third of the run; 1 where it has not been logged."""
+        """The mean `confident` of the last third of the run; 1 where it is not logged."""
         log = self.folder / "metrics.jsonl"
         records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
         shares = [r["confident"] for r in records
@@ -382,11 +381,11 @@ class Run:
 
 
 class StopWatch:
-    """Learns, while it is entered, that the run is to stop: by a signal, or by the end of torchrun.
+    """A context that notices when the run is to stop: by a signal, or as torchrun is gone.
 
-    The main thread saves the run at its next check. While it waits in C for a disk, a device or another rank,
-    Python runs no signal handler; so a thread watches. Once the run is to stop, and the main thread has
-    neither computed nor saved anything for PATIENCE seconds, that thread ends the process.
+    The main thread saves the run at its next check. But it may wait in C for a disk, a device or another
+    rank, where Python runs no signal handler. So a second thread watches. If the run is to stop, and the main
+    thread has neither computed nor saved anything for PATIENCE seconds, the second thread ends the process.
     """
     PATIENCE = 7
 
@@ -434,7 +433,7 @@ class StopWatch:
         while heard != b"":
             if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.parent:
                 self.ask("stopped, as torchrun is gone")
-            # A wait for a GPU takes CPU time, too; but there no step is as long as PATIENCE.
+            # Waiting for a GPU takes CPU time, too; but no step there is as long as PATIENCE.
             busy = not torch.cuda.is_initialized() and time.process_time() - self.computed > 0.1
             if not self.reason or busy:
                 self.advance()
@@ -450,8 +449,8 @@ class StopWatch:
 
 
 def lock(folder):
-    """Keep other runs out of a folder, as long as the file lives that is returned."""
-    file = open(folder / "lock", "w")  # noqa: SIM115, closing it would unlock the folder
+    """Lock a folder against other runs. Returns the lock's file: closing it unlocks the folder."""
+    file = open(folder / "lock", "w")  # noqa: SIM115, it stays open
     try:
         if fcntl:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -466,7 +465,7 @@ def lock(folder):
 
 @contextmanager
 def writing(path):
-    """Makes a RunError, which names the file and the remedy, of an OSError."""
+    """Turns an OSError into a RunError that names the file and the remedy."""
     try:
         yield
     except OSError as error:
@@ -476,8 +475,8 @@ def writing(path):
 
 
 def write_whole(path, content, advance=lambda: None):
-    """Write bytes to a temporary file and move it, so that `path` is always whole. advance() is called for
-    every 16 MiB on the disk."""
+    """Write bytes to a temporary file and move it, so that `path` is always whole. Calls advance() whenever
+    another 16 MiB are on the disk."""
     temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -493,8 +492,8 @@ def write_whole(path, content, advance=lambda: None):
 
 
 def scalar_event(values, step):
-    """A record of TensorBoard's file format, with named values; b"" without TensorBoard. (Its own
-    SummaryWriter writes in a thread of its own, whose failure on a full disk cannot be caught.)"""
+    """Named values as a record of TensorBoard's file format; b"" without TensorBoard. (Its SummaryWriter
+    writes in a thread, whose errors on a full disk cannot be caught.)"""
     try:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
