@@ -192,67 +192,82 @@ def check_palettes(data, palettes, found):
 
 
 def unused(data, pixels):
-    """Lines on files of own data that are not used, or not as they seem to be meant: for each kind an
-    example, the number of such files, and what to do."""
-    masks, lines = data.folders[1], []
+    """Lines on files of own data that are not used, or not as they seem to be meant: of each kind an example,
+    their number, and what to do."""
     owners = {IMAGE_ENDING.sub("", tails(name)[-1]).lower(): tails(name)[-1]
               for name in sorted(data.images, key=len, reverse=True)}
+    kinds = (*masks_among_photographs(data, owners), *stray_masks(data, owners),
+             *list(unread(data, owners))[:4], *masks_of_one_class(data, pixels), *photographs_left_out(data))
+    return [f"{one_of(files)}: {text}" for files, text in kinds if files]
 
-    def owner(path):  # the stem of the image whose mask a file seems to be, unless it is its own
-        image = owners.get(MASK_ENDING.sub("", path.stem).lower())
-        return None if image == path.stem else image
 
-    def beginning(path):  # the stem of an image that is the beginning of a name, or the name of its folder
-        stem = path.stem.lower()
-        starts = [path.parent.name.lower(), *(stem[:cut.start()] for cut in re.finditer("[-_. ]", stem))]
-        return next((owners[start] for start in starts[::-1] if start in owners), None)
+def owner(owners, path):
+    """The stem of the image whose mask a file seems to be by its name, unless it is its own."""
+    image = owners.get(MASK_ENDING.sub("", path.stem).lower())
+    return None if image == path.stem else image
 
-    def say(files, text):
-        if files:
-            lines.append(f"{one_of(files)}: {text}")
 
-    def named_first(paths):
-        return sorted(paths, key=lambda path: (not owner(path), path))
+def beginning(owners, path):
+    """The stem of an image that is the beginning of a file's name, or the name of its folder; else None."""
+    stem = path.stem.lower()
+    starts = [path.parent.name.lower(), *(stem[:cut.start()] for cut in re.finditer("[-_. ]", stem))]
+    return next((owners[start] for start in starts[::-1] if start in owners), None)
 
-    copies = named_first(path for path in data.images.values() if owner(path) or looks_like_mask(path))
+
+def masks_among_photographs(data, owners):
+    copies = [path for path in data.images.values() if owner(owners, path) or looks_like_mask(path)]
     if any(data.images.get(name) in copies for name in data.masks):  # scanned pages have few colours, too
-        copies = [path for path in copies if owner(path)]
-    meant = owner(copies[0]) if copies else None
-    place = f"into {masks}/" + (f", this one as {meant}{copies[0].suffix}, and so on" if meant else "")
-    if copies and {meant, copies[0].stem} & data.masks.keys():
-        place = "elsewhere"
-    say(copies, f"looks like a mask, and is read as a photograph; move such files {place}")
-    strays = named_first(data.masks[name] for name in data.masks.keys() - data.images.keys())
-    starts = Counter((path.parent, beginning(path)) for path in strays)
-    several = [path for path in strays if (start := beginning(path)) and starts[path.parent, start] > 1]
-    say(several, "one of several masks of an image, which has one mask, of its own stem; if each is of one "
-                 "class, merge them (see docs/own-photographs.md); else keep one of them, under that stem")
+        copies = [path for path in copies if owner(owners, path)]
+    copies.sort(key=lambda path: (not owner(owners, path), path))
+    if copies:
+        meant, place = owner(owners, copies[0]), f"into {data.folders[1]}/"
+        if {meant, copies[0].stem} & data.masks.keys():
+            place = "elsewhere"
+        elif meant:
+            place += f", this one as {meant}{copies[0].suffix}, and so on"
+        yield copies, f"looks like a mask, and is read as a photograph; move such files {place}"
+
+
+def stray_masks(data, owners):
+    strays = sorted((data.masks[name] for name in data.masks.keys() - data.images.keys()),
+                    key=lambda path: (not owner(owners, path), path))
+    starts = Counter((path.parent, beginning(owners, path)) for path in strays)
+    several = [path for path in strays
+               if (start := beginning(owners, path)) and starts[path.parent, start] > 1]
+    yield several, ("one of several masks of an image, which has one mask, of its own stem; if each is of "
+                    "one class, merge them (see docs/own-photographs.md); else keep one of them, under that "
+                    "stem")
     strays = [path for path in strays if path not in several]
-    meant = owner(strays[0]) or beginning(strays[0]) if strays else None
+    meant = owner(owners, strays[0]) or beginning(owners, strays[0]) if strays else None
     how = f": call this one {meant}{strays[0].suffix}, and so on" if meant and meant not in data.masks else ""
-    say(strays, f"a mask without an image of its name; a mask needs the stem of its image, and its folder, "
-                f"if several images have that stem{how}")
-    lines += unread(data, owner)[:4]
-    held = {name: {*np.flatnonzero(counts)} for name, counts in pixels.items()}
-    say([data.masks[name] for name, ids in held.items() if len(ids) == 2 and IGNORE in ids],
-        f"a mask of one class alone, beside {IGNORE}, which is ignored; if {IGNORE} is a class in such "
-        f"masks, export them again, with its id")
-    say([data.masks[name] for name, ids in held.items() if len(ids) == 1],
-        f"a mask of one class, or {IGNORE}, alone; if nobody annotated it, move such masks elsewhere: their "
-        f"images are unlabelled then")
+    yield strays, (f"a mask without an image of its name; a mask needs the stem of its image, and its "
+                   f"folder, if several images have that stem{how}")
+
+
+def masks_of_one_class(data, pixels):
+    held = {data.masks[name]: {*np.flatnonzero(counts)} for name, counts in pixels.items()}
+    yield ([path for path, ids in held.items() if len(ids) == 2 and IGNORE in ids],
+           f"a mask of one class alone, beside {IGNORE}, which is ignored; if {IGNORE} is a class in such "
+           f"masks, export them again, with its id")
+    yield ([path for path, ids in held.items() if len(ids) == 1],
+           f"a mask of one class, or {IGNORE}, alone; if nobody annotated it, move such masks elsewhere: "
+           f"their images are unlabelled then")
+
+
+def photographs_left_out(data):
     unlisted = sorted(data.images[name] for name in data.images.keys() - {*data.train, *data.val, *data.test})
     if any(path.name.lower() == "train.txt" for path in (data.root / "ImageSets/Segmentation").glob("*")):
-        say(unlisted, "a photograph on no list in ImageSets/Segmentation; to train on such photographs, add "
-                      "them to its train.txt")
+        yield unlisted, ("a photograph on no list in ImageSets/Segmentation; to train on such photographs, "
+                         "add them to its train.txt")
     else:
-        say(unlisted, "a photograph in val/ without a mask or not in val.txt, which is not used; add what is "
-                      "lacking, or move such photographs to the training images")
-    say([data.images[name] for name in data.test],
+        yield unlisted, ("a photograph in val/ without a mask or not in val.txt, which is not used; add "
+                         "what is lacking, or move such photographs to the training images")
+    yield [data.images[name] for name in data.test], (
         "a photograph in test/ or on test.txt, which is not trained on; evaluate.py takes a --list of them")
     twins = twins_of(data)
-    say([*twins], f"a validation image that is a training image under another name, here "
-        f"{short_list(twins.values(), 1)}; mIoU counts what was learnt by heart: keep one copy of each")
-    return lines
+    yield [*twins], (f"a validation image that is a training image under another name, here "
+                     f"{short_list(twins.values(), 1)}; mIoU counts what was learnt by heart: keep one copy "
+                     f"of each")
 
 
 def twins_of(data):
@@ -270,9 +285,9 @@ def twins_of(data):
     return {path: twin for path, twin in pairs.items() if path.read_bytes() == twin.read_bytes()}
 
 
-def unread(data, owner):
-    """Lines on files that are not read, one for the files of a folder with the same suffix."""
-    (photographs, masks), groups, lines = data.folders, {}, []
+def unread(data, owners):
+    """Files that are not read: those of a folder with the same suffix, and what to do."""
+    (photographs, masks), groups = data.folders, {}
     used = {*data.images.values(), *data.masks.values()}
     # Where files may be moved: into a subfolder, if those that are read are in subfolders (see files_in).
     new_image, new_mask = (min(files.values()).parent if files else folder
@@ -288,16 +303,16 @@ def unread(data, owner):
         fresh = [path for path in paths if among_images or data.masks.keys().isdisjoint(
             tails(name_in(data.root, path)))]
         if len(fresh) < len(paths) and among_masks and suffix in MASK_SUFFIXES:
-            lines.append(f"{one_of(sorted({*paths} - {*fresh}))}: not read, as {masks} has masks of the same "
-                         f"names; move away those that are wrong or left over")
+            yield sorted({*paths} - {*fresh}), (f"not read, as {masks} has masks of the same names; move "
+                                                f"away those that are wrong or left over")
         named = any(map(MASK_FOLDER.fullmatch, parts))
         notes = suffix in (".json", ".xml", ".txt", ".csv") and (among_images or named and not data.masks)
         if not (fresh and (among_images or among_masks or notes or suffix in IMAGE_SUFFIXES | HEIC_SUFFIXES)):
             continue
-        meant, remedy = owner(fresh[0]), "if they are photographs, convert them to JPEG"
+        meant, remedy = owner(owners, fresh[0]), "if they are photographs, convert them to JPEG"
         seem_masks = among_masks or suffix in IMAGE_SUFFIXES and (
             named or looks_like_mask(fresh[0])
-            or 2 * sum(bool(owner(path)) for path in fresh) > len(fresh))
+            or 2 * sum(bool(owner(owners, path)) for path in fresh) > len(fresh))
         if seem_masks and alike[fresh[0].stem] > 1:
             remedy = (f"others have the same names: if each folder has the masks of one class, merge them "
                       f"(see docs/own-photographs.md); else move those of one folder into {new_mask}/")
@@ -312,5 +327,4 @@ def unread(data, owner):
             remedy = "masks are read, not annotations: export index PNGs of them"
         elif not suffix:
             remedy = f"if they are photographs, call this one {fresh[0].name}.jpg, and so on"
-        lines.append(f"{one_of(fresh)}: not read; {remedy}")
-    return lines
+        yield fresh, f"not read; {remedy}"
