@@ -243,9 +243,41 @@ def proposed_labels(colours, names):
     return labels
 
 
+def report(args, settings):
+    """Print what the data set holds, and the next command. Exits with code 2 if something is wrong."""
+    opened = data.open_data(args.dataset, args.data_root or settings.data_root)
+    print(f"{args.dataset}: {len(opened.images)} images, {len(opened.masks)} masks; "
+          f"{len(opened.train)} for training, {len(opened.val)} for validation")
+    for split in data.SPLITS if args.dataset != "custom" else ():
+        with suppress(InputError):  # of an incomplete data set
+            labelled, unlabelled = data.split_ids(opened, args.dataset, split)
+            print(f"--split {split:5} {len(labelled):6} labelled {len(unlabelled):6} unlabelled")
+    labelled, unlabelled = data.split_ids(opened, args.dataset, args.split or settings.split)
+    print(f"as given      {len(labelled):6} labelled {len(unlabelled):6} unlabelled")
+    found = check_data(opened, labelled, unlabelled)
+    for note in found.notes:
+        print(note)
+    if found.problems:
+        print(*found.problems, sep="\n", file=sys.stderr)
+        sys.exit(2)
+    pixels = sum(found.pixels[name][:256] for name in labelled)
+    for c, label in enumerate(opened.classes):
+        print(f"{c:4} {label:20} {pixels[c] / pixels[:IGNORE].sum():7.2%} of the labelled pixels")
+    print(f" 255 {'ignored':20} {pixels[IGNORE] / pixels.sum():7.2%} of all pixels")
+    options = ["--split", args.split] if args.split else []
+    side, crop = round(median(found.sides)), settings.crop_size
+    if not torch.cuda.is_available() and args.dataset != "shapes":
+        options.append("--small")
+    elif side > 3 * crop:
+        print(f"the photographs, of {side} pixels, are much larger than the crop, of {crop}, which would see "
+              f"little of them: --image-size shrinks them")
+        options += ["--image-size", str(2 * crop)]
+    print(f"nothing wrong; next: {opened.command('train.py', *options)}")
+
+
 @command_line(InputError)
 def main(argv=None):
-    """Report on a data set; exit code 2 if something is wrong with it."""
+    """Exit code 2 if something is wrong with the data set."""
     parser = argparse.ArgumentParser(description="Check a data set, and say what is wrong with it.")
     parser.add_argument("--dataset", choices=PROTOCOLS, default="shapes")
     parser.add_argument("--data-root",
@@ -258,7 +290,7 @@ def main(argv=None):
                       help="custom: first write labelmap.txt, which colour of the masks is which class")
     args = parser.parse_args(argv)
     settings = protocol(args.dataset)
-    root = Path(args.data_root or settings.data_root or "")
+    root = Path(args.data_root or settings.data_root)
     try:
         if args.download and args.dataset.startswith("voc"):
             download_voc(root)
@@ -268,34 +300,7 @@ def main(argv=None):
             raise InputError("--download goes with --dataset voc, --colours with --dataset custom; for "
                              "Cityscapes, log in at cityscapes-dataset.com and unpack "
                              "leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip in data/cityscapes")
-        opened = data.open_data(args.dataset, args.data_root or settings.data_root)
-        print(f"{args.dataset}: {len(opened.images)} images, {len(opened.masks)} masks; "
-              f"{len(opened.train)} for training, {len(opened.val)} for validation")
-        for split in data.SPLITS if args.dataset != "custom" else ():
-            with suppress(InputError):  # of an incomplete data set
-                labelled, unlabelled = data.split_ids(opened, args.dataset, split)
-                print(f"--split {split:5} {len(labelled):6} labelled {len(unlabelled):6} unlabelled")
-        labelled, unlabelled = data.split_ids(opened, args.dataset, args.split or settings.split)
-        print(f"as given      {len(labelled):6} labelled {len(unlabelled):6} unlabelled")
-        found = check_data(opened, labelled, unlabelled)
-        for note in found.notes:
-            print(note)
-        if found.problems:
-            print(*found.problems, sep="\n", file=sys.stderr)
-            sys.exit(2)
-        pixels = sum(found.pixels[name][:256] for name in labelled)
-        for c, label in enumerate(opened.classes):
-            print(f"{c:4} {label:20} {pixels[c] / pixels[:IGNORE].sum():7.2%} of the labelled pixels")
-        print(f" 255 {'ignored':20} {pixels[IGNORE] / pixels.sum():7.2%} of all pixels")
-        options = ["--split", args.split] if args.split else []
-        side, crop = round(median(found.sides)), settings.crop_size
-        if not torch.cuda.is_available() and args.dataset != "shapes":
-            options.append("--small")
-        elif side > 3 * crop:
-            print(f"the photographs, of {side} pixels, are much larger than the crop, of {crop}, which would "
-                  f"see little of them: --image-size shrinks them")
-            options += ["--image-size", str(2 * crop)]
-        print(f"nothing wrong; next: {opened.command('train.py', *options)}")
+        report(args, settings)
     except OSError as error:
         raise InputError(f"{error.filename or root}: {error.strerror}; make room, or allow it, and "
                          f"{AGAIN}") from None
