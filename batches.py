@@ -33,11 +33,6 @@ def shuffled(count, seed, stream, epoch):
     return generator(seed, stream, epoch).permutation(count)
 
 
-def drawn_id(ids, batch_size, seed, stream, iteration, slot):
-    """The id in a slot of an iteration's global batch: the ids, shuffled anew for each epoch."""
-    epoch, position = divmod(iteration * batch_size + slot, len(ids))
-    return ids[shuffled(len(ids), seed, stream, epoch)[position]]
-
 
 @dataclass
 class TrainingDraws:
@@ -61,20 +56,24 @@ class TrainingDraws:
         item = self.labelled_item(*key)
         return item | self.unlabelled_item(*key) if self.unlabelled else item
 
+    def drawn_id(self, ids, stream, iteration, slot):
+        """The id in a slot of an iteration's global batch: the ids, shuffled anew for each epoch."""
+        epoch, position = divmod(iteration * self.batch_size + slot, len(ids))
+        return ids[shuffled(len(ids), self.seed, stream, epoch)[position]]
+
     def ids(self, iteration):
         """The ids of a whole batch: (labelled, unlabelled)."""
-        return tuple([drawn_id(ids, self.batch_size, self.seed, stream, iteration, slot)
-                      for slot in range(self.batch_size)] if ids else []
-                     for ids, stream in ((self.labelled, ORDER_X), (self.unlabelled, ORDER_U)))
+        return tuple([self.drawn_id(ids, stream, iteration, slot) for slot in range(self.batch_size)]
+                     if ids else [] for ids, stream in ((self.labelled, ORDER_X), (self.unlabelled, ORDER_U)))
 
     def labelled_item(self, iteration, slot):
-        name = drawn_id(self.labelled, self.batch_size, self.seed, ORDER_X, iteration, slot)
+        name = self.drawn_id(self.labelled, ORDER_X, iteration, slot)
         rng = generator(self.seed, AUGMENT_X, iteration, slot)
         image, mask = self.weak(name, self.data.mask(name), rng)
         return {"x": self.to_tensor(image, PAD_COLOUR), "y": self.to_tensor(mask, IGNORE)}
 
     def unlabelled_item(self, iteration, slot):
-        name = drawn_id(self.unlabelled, self.batch_size, self.seed, ORDER_U, iteration, slot)
+        name = self.drawn_id(self.unlabelled, ORDER_U, iteration, slot)
         rng = generator(self.seed, AUGMENT_U, iteration, slot)
         image, _ = self.weak(name, None, rng)
         valid = np.zeros((self.crop_size, self.crop_size), bool)
@@ -119,7 +118,7 @@ def training_batches(draws, slots, start, stop, workers, pin_memory=False, check
     def make(iteration):
         batch = stack_items([draws[iteration, slot] for slot in slots])
         if pin_memory:
-            torch.cuda.set_device(device)  # it and the number of threads are settings of this thread
+            torch.cuda.set_device(device)  # the device and the number of threads are set per thread
             torch.set_num_threads(1)
             batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
         return batch
@@ -132,7 +131,8 @@ def loaded(make, keys, workers, check=None):
     An error of make is raised in the turn of its key. During a wait for an item, check() is called every
     second; its errors end the wait. Threads make more items a second than as many processes do, and need no
     shared memory and no sockets. They hold Python's lock for a quarter of their time, so a rank's threads
-    make at most four times what one does. """
+    make at most four times what one does.
+    """
     if not workers:
         yield from map(make, keys)
         return

@@ -13,7 +13,7 @@ from data import (HEIC_SUFFIXES, IGNORE, IMAGE_SUFFIXES, MASK_FOLDERS, MASK_SUFF
                   looks_like_mask, name_in, one_of, reading, short_list, tails, walk, written)
 from ranks import progress
 
-# No pictures: files of operating systems, and of programs that note where on earth a picture was taken.
+# Not pictures: files of operating systems, and of programs that note where a picture was taken.
 SIDE_FILES = re.compile(r"thumbs\.db|.*\.ini|icon\r|.*:zone\.identifier|"
                         r".*\.(?:[a-z]{1,2}[gf]wx?|wld|ovr|prj|aux\.xml|aae|xmp|thm)", re.I)
 # Names of folders and files of masks, as Segments.ai, Cityscapes, fastai, nnU-Net and others give them.
@@ -49,7 +49,8 @@ def check_data(data, labelled, unlabelled, supervised=False):
     for part, names, needed in (("labelled", labelled, 2), ("validation", data.val, 1)):
         if not found.problems:
             check_classes(data, part, names, needed, found)
-    lacks, lines = None, unused(data, found.pixels) if data.folders else []
+    lines = unused(data, found.pixels) if data.folders else []
+    lacks = None
     if not data.images:
         lacks = f"{data.folders[0] if data.folders else data.root}: no photographs in it; put them there"
     elif not labelled:
@@ -86,16 +87,16 @@ def check_files(data, masked, unmasked=()):
         said, side, pixels, palette = None, 0, None, None
         try:
             image = data.image(name)
-            side = max(image.size)
+            size, side = image.size, max(image.size)  # demand_whole may shrink it
             demand_whole(image, data.images[name])
             if name in with_mask and name in data.masks:
                 labels, palette = data.labels(name)
                 pixels = (np.array(Image.fromarray(labels).histogram()) if labels.dtype == np.uint8 else
                           np.bincount(labels.ravel(), minlength=256))  # five times slower
-                if labels.shape[::-1] != image.size:
+                if labels.shape[::-1] != size:
                     said = (f"{data.masks[name]}: {labels.shape[1]} x {labels.shape[0]} pixels, but its "
-                            f"image (upright, as its EXIF says) has {image.width} x {image.height}; "
-                            f"export the mask again")
+                            f"image (upright, as its EXIF says) has {size[0]} x {size[1]}; export the mask "
+                            f"again")
         except InputError as error:
             said = str(error)
         return name, said, side, pixels, palette
@@ -118,8 +119,7 @@ def check_files(data, masked, unmasked=()):
 
 
 def demand_whole(image, path):
-    """Raise InputError for a truncated photograph: a JPEG or PNG without its end, another that does not
-    decode."""
+    """Raise InputError for a truncated photograph: a JPEG or PNG needs its end, others are decoded."""
     mark = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}.get(image.format)
     if not image.format:  # drawn, or decoded already, to turn it
         return
@@ -140,7 +140,7 @@ def check_classes(data, part, names, needed, found):
     held = [label for label, count in zip(data.classes, pixels) if count]
     absent = [label for label in data.classes if label not in held]
     if names and len(held) < needed:
-        what, remedy = f"{held[0] if held else 'nothing'} alone", "add masks of other classes"
+        what, remedy = f"{held[0]} alone" if held else "nothing", "add masks of other classes"
         if pixels[IGNORE]:
             what += f", beside {IGNORE}, which is ignored"
         if pixels[IGNORE] and held:
@@ -155,11 +155,12 @@ def check_classes(data, part, names, needed, found):
 def check_ids(data, found):
     """Add a problem if masks hold ids of no class."""
     C = len(data.classes)
-    strange = {name: np.flatnonzero(counts[C:]) + C for name, counts in found.pixels.items()}
-    files = [data.masks[name] for name, ids in strange.items() if {*ids} - {IGNORE}]
+    strange = {name: np.setdiff1d(np.flatnonzero(counts[C:]) + C, IGNORE)
+               for name, counts in found.pixels.items()}
+    files = [data.masks[name] for name, ids in strange.items() if len(ids)]
     if not files:
         return
-    ids = np.setdiff1d(np.concatenate([*strange.values()]), IGNORE)
+    ids = np.unique(np.concatenate([*strange.values()]))
     names_file, colours = data.root / "class_names.txt", data.colours_remedy("")
     if data.dataset != "custom":
         remedy = "replace the mask"
@@ -192,8 +193,8 @@ def check_palettes(data, palettes, found):
 
 
 def unused(data, pixels):
-    """Lines on files of own data that are not used, or not as they seem to be meant: of each kind an example,
-    their number, and what to do."""
+    """Lines on custom data's files that are not used, or not as they seem to be meant: of each kind an
+    example, their number, and what to do."""
     owners = {IMAGE_ENDING.sub("", tails(name)[-1]).lower(): tails(name)[-1]
               for name in sorted(data.images, key=len, reverse=True)}
     kinds = (*masks_among_photographs(data, owners), *stray_masks(data, owners),
@@ -202,7 +203,7 @@ def unused(data, pixels):
 
 
 def owner(owners, path):
-    """The stem of the image whose mask a file seems to be by its name, unless it is its own."""
+    """The stem of the image whose mask a file seems to be by its name, if it is not its own."""
     image = owners.get(MASK_ENDING.sub("", path.stem).lower())
     return None if image == path.stem else image
 
@@ -277,7 +278,7 @@ def twins_of(data):
             file.seek(path.stat().st_size // 2)
             return hash(file.read(4096))
 
-    val, train = ([data.images[name] for name in names if os.path.exists(data.images.get(name, ""))]
+    val, train = ([data.images[name] for name in names if os.access(data.images.get(name, ""), os.R_OK)]
                   for names in (data.val, sorted({*data.train} - {*data.val})))
     sizes = {path.stat().st_size for path in val}
     known = {middle(path): path for path in train if path.stat().st_size in sizes}
@@ -286,7 +287,7 @@ def twins_of(data):
 
 
 def unread(data, owners):
-    """Files that are not read: those of a folder with the same suffix, and what to do."""
+    """Yields files that are not read, by folder and suffix, and what to do with them."""
     (photographs, masks), groups = data.folders, {}
     used = {*data.images.values(), *data.masks.values()}
     # Where files may be moved: into a subfolder, if those that are read are in subfolders (see files_in).

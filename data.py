@@ -16,6 +16,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torchvision.datasets import Cityscapes
 
+from ranks import CommandError
 from shapes import SHAPES_CLASSES, draw_shapes
 
 if sys.version_info.minor < 10:  # every command imports this file
@@ -26,7 +27,7 @@ SPLITS = {"1_16": 16, "1_8": 8, "1_4": 4, "1_2": 2, "full": 1}
 HERE = Path(__file__).resolve().parent
 
 
-class InputError(Exception):
+class InputError(CommandError):
     """Something that the user can fix: one line that names the file or flag, and the remedy."""
 
 
@@ -42,17 +43,17 @@ HEIC_SUFFIXES = {".heic", ".heif"}  # photographs too, which Pillow cannot read
 MASK_SUFFIXES = {".png", ".tif", ".tiff", ".bmp", ".gif", ".npy"}  # lossless
 MASK_FOLDERS = ("SegmentationClassPNG", "SegmentationClass", "masks")
 BLENDED_MASKS = "SegmentationClassAug"
-VOC_PLACES = "JPEGImages", (".", "VOC2012", "VOCdevkit/VOC2012", "..")  # for find_folder
+
 OLD_MASKS = "SegmentationClassIds"  # the index PNGs that earlier versions made of colour-coded masks
-FEW_COLOURS = 20  # a photograph has more, a label image has not
+FEW_COLOURS = 20  # photographs have more, label images do not
 OKABE_ITO = [(0, 0, 0), (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178),
              (213, 94, 0), (204, 121, 167)]
-warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd metadata and large photographs, which are read
+warnings.filterwarnings("ignore", module=r"PIL\.")  # about odd metadata and large photographs: both are read
 
 
 def voc_palette(num_classes):
     """VOC's colours: the bits of the class id, spread over red, green and blue."""
-    return [tuple(sum((c >> 3 * i + k & 1) << 7 - i for i in range(8)) for k in range(3))
+    return [tuple(sum(((c >> (3 * i + k)) & 1) << (7 - i) for i in range(8)) for k in range(3))
             for c in range(num_classes)]
 
 
@@ -72,8 +73,8 @@ class SegmentationData:
     train, val:     sorted ids; `labelled` are those of train that a split may take as labelled.
     notes:          lines that say what was decided about this data set.
     dataset, root:  --dataset and --data-root, for commands in messages.
-    Of own data: the folders of photographs and masks; the label map, (r, g, b) -> class or "ignore", without
-    which masks hold ids; and the ids in a folder test/.
+    Custom data: the folders of photographs and masks; the label map, (r, g, b) -> class or "ignore", without
+    which masks hold ids; and the ids of its test set.
     """
     classes: list
     palette: list
@@ -129,7 +130,7 @@ class SegmentationData:
         return command(script, self.dataset, self.root, *options)
 
     def colours_remedy(self, otherwise):
-        """What to do where masks hold no class ids: for own data a command."""
+        """What to do where masks hold no class ids: for custom data, a command."""
         own = f"say which colour is which class: {self.command('prepare.py', '--colours')}"
         return own if self.dataset == "custom" else otherwise
 
@@ -141,10 +142,10 @@ def command(script, dataset, root, *options):
 
 
 def open_photograph(path):
-    """A photograph as a Pillow image, upright. Only turning it decodes it. Raises InputError."""
+    """A photograph as a Pillow image, upright; decoded only if it is turned. Raises InputError."""
     with reading(path):
         image = Image.open(path)
-        if image.mode[0] in "IF" or ";16" in str(image.tile[:1]):  # of 16 bits in RGB Pillow keeps 8
+        if image.mode[0] in "IF" or ";16" in str(image.tile[:1]):  # in RGB Pillow keeps 8 of 16
             remedy = ("it looks like a mask: move it to the masks" if looks_like_mask(path) else
                       "scale its values to 0 to 255, by one factor for all photographs, and save it with 8 "
                       "bits a channel")
@@ -181,7 +182,7 @@ def read_mask(path):
                 ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
                 ramp.putpalette(picture.getpalette())
                 return np.array(picture), colours_of(ramp)[0]
-            if ";16" in how:  # of which Pillow keeps 8
+            if ";16" in how:  # Pillow keeps 8 of them
                 raise InputError(f"{path}: has channels of 16 bits; export it with 8 bits a channel")
             return None, colours_of(picture)
 
@@ -334,9 +335,9 @@ def in_folder(name, pattern):
 
 
 def with_ids(folder, files, images=None):
-    """id -> file. The id of a photograph is its stem. Where train/ and val/ share a stem, it is the path in
-    the folder, without suffix. (Files in test/ change no other id.) The id of a mask is that of its
-    photograph in `images`: of those in a folder with the name of the mask's, if there are such; else its own.
+    """id -> file. A photograph's id is its stem; where train/ and val/ share a stem, its path in the folder,
+    without suffix. (Files in test/ change no other id.) A mask's id is that of its photograph in `images`,
+    which is in a folder of the same name, if there is one. A mask without a photograph keeps its own.
     """
     names, found, known = [name_in(folder, path) for path in files], {}, images or {}
     folders = {path.parent.name for path in known.values()}
@@ -367,8 +368,8 @@ def stems(folder, suffixes=(".png",)):
 
 
 def mask_files(root, folders=MASK_FOLDERS):
-    """(folder, files): the masks of own data, in the first of the folders that has some. Of two files with
-    one stem, the PNG is taken."""
+    """(folder, files): custom data's masks, in the first of the folders that has some. Of two files with one
+    stem, the PNG is taken."""
     for name in folders:
         files = files_in(root / name, MASK_SUFFIXES)
         if files:
@@ -406,10 +407,14 @@ def find_folder(root, child, parents):
     raise InputError(f"--data-root {root}: no folder {child}/ in it; give the folder that holds it")
 
 
+def find_voc(root):
+    return find_folder(root, "JPEGImages", (".", "VOC2012", "VOCdevkit/VOC2012", ".."))
+
+
 def open_voc(root):
     """PASCAL VOC 2012, with SBD's masks in SegmentationClassAug/ for the blended training set, or all masks
     in SegmentationClass/, as UniMatch and U2PL have them; only VOC's own training ids are `labelled`."""
-    root = find_folder(root, *VOC_PLACES)
+    root = find_voc(root)
     lists = [root / "ImageSets" / "Segmentation" / name for name in ("train.txt", "val.txt")]
     for path in lists:
         if not path.exists():
@@ -517,8 +522,8 @@ def read_label_map(path):
         raise InputError(f"{path}: not 1 to 255 lines of label:r,g,b:parts:actions, each of its own colour; "
                          f"fix it, or remove it if the masks hold class ids")
     if "?" in labels.values():
-        raise InputError(f"{path}: still has ? for a name; put the name of the colour's class there (ignore, "
-                         f"if it is none)")
+        raise InputError(f"{path}: still has ? for a name; put the name of the colour's class there, or "
+                         f"ignore")
     return labels
 
 
@@ -610,8 +615,8 @@ def split_ids(data, dataset, split):
     pool = sorted(data.labelled)
     if split in SPLITS:
         if len(pool) != TRAINING_SETS.get(dataset, len(pool)):
-            raise InputError(f"--split {split}: takes its part of all {TRAINING_SETS[dataset]} training "
-                             f"images of {dataset}, and {len(pool)} are here; complete them, or give "
+            raise InputError(f"--split {split}: is a part of all {TRAINING_SETS[dataset]} training "
+                             f"images of {dataset}, but {len(pool)} are here; complete them, or give "
                              f"a list of ids")
         positions = HERE / "splits" / dataset / f"{split}.txt"
         labelled = ([pool[int(p)] for p in read_list(positions)] if positions.exists() else

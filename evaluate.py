@@ -224,9 +224,9 @@ def load_model(path, student=False, device="cpu"):
                               multi_grid=settings.get("multi_grid", False))
         model.load_state_dict(state["student" if student else "teacher"])
     except (KeyError, RuntimeError) as error:
-        raise InputError(f"{path}: does not fit its own settings ({str(error).splitlines()[-1].strip()})") \
-            from None
-    return model.eval().to(device, memory_format=torch.channels_last), state
+        reason = str(error).splitlines()[-1].strip()
+        raise InputError(f"{path}: does not fit its own settings ({reason})") from None
+    return model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last), state
 
 
 def colourize(labels, palette):
@@ -311,7 +311,7 @@ def chosen_ids(args, data, state):
         names = read_list(args.list, data.images)
         unknown = [name for name in names if name not in with_mask]
         if unknown:
-            raise InputError(f"--list {args.list}: without an image and a mask under --data-root "
+            raise InputError(f"--list {args.list}: no image or no mask under --data-root "
                              f"({len(unknown)}): {short_list(unknown)}; take them off the list, or give "
                              f"their --data-root")
         return names, f"of {args.list}"
@@ -333,7 +333,7 @@ def open_networks(args, device):
     fits = (other_state["classes"] == state["classes"]
             and other_state["settings"]["image_size"] == state["settings"]["image_size"])
     if not (fits and names and args.pictures):
-        raise InputError(f"--beside {args.beside}: goes with --pictures DIR, and with another checkpoint of "
+        raise InputError(f"--beside {args.beside}: needs --pictures DIR, and another checkpoint of "
                          f"the same classes and --image-size")
     return dict(zip(names, (other, network))), state
 
@@ -379,11 +379,11 @@ def results_into(folder, flag):
     try:
         yield
     except OSError as error:
-        raise InputError(f"{flag} {folder}: cannot be written ({error.strerror}); give another {flag}") \
-            from None
+        raise InputError(f"{flag} {folder}: cannot be written ({error.strerror}); give another "
+                         f"{flag}") from None
 
 
-@command_line(InputError)
+@command_line
 def main(argv=None):
     """Exit code 2 for input that cannot be used."""
     parser = argparse.ArgumentParser(description="Evaluate a checkpoint of train.py.")

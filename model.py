@@ -34,8 +34,7 @@ class DeepLabV3Plus(nn.Module):
     multi_grid:     dilates the blocks of stage 4 by 1, 2 and 4 times the stage's dilation (2 at stride
                     16, 4 at stride 8) instead of evenly, as the authors did.
 
-    `note` is a line on what a file of weights gave, or "". torch.jit.script and torch.export take the
-    network.
+    `note` says what a file of weights gave, or is "". torch.jit.script and torch.export take the network.
     Raises ValueError for an unknown backbone or stride, and for weights that do not fit; OSError where
     the weights cannot be read or fetched.
     """
@@ -80,8 +79,8 @@ class DeepLabV3Plus(nn.Module):
         """images (B, 3, H, W), any H and W, ImageNet-normalised -> logits (B, C, H, W), float32.
 
         With `aux`, training mode returns the pair (logits, auxiliary logits).
-        BatchNorm raises ValueError in training for a batch of one, of which image pooling leaves it one
-        value a channel. (SyncBatchNorm sees the other ranks' images too.)
+        In training a batch of one raises ValueError: image pooling leaves BatchNorm one value a channel.
+        (SyncBatchNorm sees the other ranks' images too.)
         """
         size = images.shape[-2:]
         low_level = self.layer1(self.stem(images))

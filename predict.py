@@ -9,6 +9,7 @@ import csv
 import io
 import os
 import sys
+import unicodedata
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ GAMMA = "gamma (1 = hardest)"
 def overlay(image, labels, areas, classes, palette):
     """A photograph (3, H, W), uint8, tinted by its class map, with a legend: the share of each class.
 
-    Class 0 has no tint where it is what lies behind the objects: by its name, or as it is black.
+    Class 0 has no tint where it is what lies behind the objects: by its name, or if it is black.
     """
     photograph, tints = to_pictures(image, [labels], palette, side=1024)
     picture = Image.blend(photograph, tints.convert("RGB"), 0.5)
@@ -63,9 +64,7 @@ def find_photographs(paths):
     for path in paths:
         if not path.exists():
             raise InputError(f"{path}: no such file or folder")
-        inside = [path]
-        if path.is_dir():
-            inside = [f for f in files_in(path, IMAGE_SUFFIXES | HEIC_SUFFIXES) if not f.is_dir()]
+        inside = files_in(path, IMAGE_SUFFIXES | HEIC_SUFFIXES) if path.is_dir() else [path]
         if not inside:
             raise InputError(f"{path}: no photograph in it; what is read is "
                              f"{' '.join(sorted(IMAGE_SUFFIXES))}")
@@ -89,11 +88,12 @@ def predict_files(model, state, paths, folder, device, pair=None):
                              f"results for photographs or masks; give a folder elsewhere")
     results = RESULTS | RANKING if pair else RESULTS
     taken = {file.resolve() for file in photographs}  # no result may overwrite these
-    for table in (folder / name for name in results if name.endswith(".csv")):
-        text = table.read_bytes().decode(errors="surrogateescape") if table.exists() else "file"
+    tables = [folder / name for name in results if name.endswith(".csv")]
+    for table in filter(Path.exists, tables):
+        text = table.read_bytes().decode(errors="surrogateescape")
         header, *rows = [*filter(None, csv.reader(io.StringIO(text, newline="")))] or [[]]
         if header[:1] != ["file"]:  # as write_table begins
-            raise InputError(f"--out {folder}: its {table.name} is not of predict.py; give another --out")
+            raise InputError(f"--out {folder}: its {table.name} is not predict.py's; give another --out")
         others = [name for name, *_ in rows if Path(name).resolve() not in taken]
         if others:
             raise InputError(f"--out {folder}: its {table.name} has results of other photographs, "
@@ -150,13 +150,14 @@ def write_table(path, header, rows):
 def print_hardest(ranked, lists):
     """Name the first ten that are to be labelled next: those that have no mask in the run's `lists`."""
     masked = {*lists.get("labelled", ()), *lists.get("val", ())}
-    new = [row for row in ranked if not masked.intersection(tails(Path(row[0]).with_suffix("").as_posix()))]
+    new = [row for row in ranked if not masked.intersection(
+        tails(unicodedata.normalize("NFC", Path(row[0]).with_suffix("").as_posix())))]
     print(f"\nThe hardest of the {len(new)} without a mask in training, to label next:\n{GAMMA}")
     for name, gamma, *_ in new[:10]:
         print(f" {gamma:.2f}  {name}".encode(errors="backslashreplace").decode())
 
 
-@command_line(InputError)
+@command_line
 def main(argv=None):
     """Exit code 2 for input that cannot be used, 1 if photographs were skipped."""
     parser = argparse.ArgumentParser(

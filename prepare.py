@@ -1,12 +1,11 @@
 """Is the data fit to train on? Checks it, downloads it, writes its label map.
 
-    python prepare.py --dataset NAME --data-root DIR       says what is there, what is wrong and what is
-    unused python prepare.py --dataset voc --download             downloads and prepares PASCAL VOC 2012 and
-    SBD python prepare.py --dataset custom --data-root DIR --colours   which colour of the masks is which
-    class
+    python prepare.py --dataset NAME --data-root DIR               what is there, wrong or unused
+    python prepare.py --dataset voc --download                     downloads PASCAL VOC 2012 and SBD
+    python prepare.py --dataset custom --data-root DIR --colours   writes the label map: colour -> class
 
-Stopped at any point, it goes on when the same command is run again: unfinished files end in .part, and get
-their names when they are complete. The user's own files are never changed.
+Run again after a stop, it keeps what is complete. Unfinished files end in .part, and an unfinished download
+starts anew. The user's own files are never changed.
 """
 
 import argparse
@@ -44,14 +43,16 @@ BLACK, WHITE = 0, 0xFFFFFF  # codes of colours
 def download_voc(root):
     """Download VOC 2012 and SBD, and make SegmentationClassAug/, a mask for each of the 10,582 ids.
 
-    It downloads 3.4 GB from torchvision's addresses, checks them by its checksums, and takes about 8 GB of
-    disk. What open_voc finds, benchmark_RELEASE/ and the two archives are used where `root` has them. """
+    It downloads 3.4 GB from torchvision's addresses, checks torchvision's checksums, and takes about 8 GB of
+    disk. What open_voc finds, benchmark_RELEASE/ and the two archives are used where `root` has them.
+    """
     try:
         train = data.open_voc(root).train
     except InputError:  # not there, or not complete
         make_blended_masks(root)
         train = data.open_voc(root).train
-    demand_all(train, data.find_folder(root, *data.VOC_PLACES) / data.BLENDED_MASKS)
+    blended = data.find_voc(root) / data.BLENDED_MASKS
+    demand_all(train, blended if blended.exists() else blended.with_name("SegmentationClass"))
     print(f"{root}: {len(train)} training ids. The archives and benchmark_RELEASE/ in it may now be removed")
 
 
@@ -62,7 +63,7 @@ def make_blended_masks(root):
     except ImportError:
         raise InputError(f"--download: SBD's .mat masks need scipy; pip install scipy, and {AGAIN}") from None
     try:
-        voc = data.find_folder(root, *data.VOC_PLACES)
+        voc = data.find_voc(root)
     except InputError:
         voc = unpacked(root, *map(DATASET_YEAR_DICT["2012"].get, ("base_dir", "url", "filename", "md5")))
     train, val = (ids_in(voc, f"ImageSets/Segmentation/{part}.txt") for part in ("train", "val"))
@@ -193,7 +194,7 @@ def write_label_map(root):
             f"{command('prepare.py', 'custom', f'{here.name}-links', '--colours')}") from None
     if "?" in labels.values():
         raise InputError(f"{label_map}: written, with the {len(colours)} colours of {folder}; put the name "
-                         f"of its class in place of each ? (ignore, if it is none), and check it: "
+                         f"of its class, or ignore, in place of each ?, and check it: "
                          f"{command('prepare.py', 'custom', root)}")
     print(f"{label_map}: written", *(f"{written(colour):13} is {label}, {shares[colour]}"
                                      for colour, label in labels.items()), sep="\n")
@@ -275,7 +276,7 @@ def report(args, settings):
     print(f"nothing wrong; next: {opened.command('train.py', *options)}")
 
 
-@command_line(InputError)
+@command_line
 def main(argv=None):
     """Exit code 2 if something is wrong with the data set."""
     parser = argparse.ArgumentParser(description="Check a data set, and say what is wrong with it.")
@@ -287,7 +288,7 @@ def main(argv=None):
     task.add_argument("--download", action="store_true",
                       help="voc: first download VOC 2012 and SBD, and make SegmentationClassAug/")
     task.add_argument("--colours", "--convert", action="store_true",
-                      help="custom: first write labelmap.txt, which colour of the masks is which class")
+                      help="custom: first write labelmap.txt, which names the class of each colour")
     args = parser.parse_args(argv)
     settings = protocol(args.dataset)
     root = Path(args.data_root or settings.data_root)

@@ -19,31 +19,34 @@ import torch
 import torch.distributed as dist
 
 
-class StartError(Exception):
+class CommandError(Exception):
+    """What ends a command: one line for the user, and the exit code."""
+    exit_code = 2
+
+
+class StartError(CommandError):
     """Processes that cannot work as they were started: one line that says how to start them."""
 
 
-def command_line(*errors):
-    """Decorates the main(argv) of a command. StartError or one of `errors`, raised on all ranks, ends it with
-    a line on stderr and the error's exit_code, or 2. Characters that the terminal lacks are escaped."""
-    def decorate(main):
-        script = Path(main.__code__.co_filename).name
+def command_line(main):
+    """Decorates the main(argv) of a command. A CommandError, raised on all ranks, ends it with a line on
+    stderr and its exit code. Characters that the terminal lacks are escaped."""
+    script = Path(main.__code__.co_filename).name
 
-        @wraps(main)
-        def run(argv=None):
-            if hasattr(sys.stdout, "reconfigure"):  # not where a program has replaced it
-                sys.stdout.reconfigure(errors="backslashreplace")
-            try:
-                main(argv)
-            except (StartError, *errors) as error:
-                if rank() == 0:
-                    print(f"{script}: {error}", file=sys.stderr, flush=True)
-                together(tuple)  # wait for it: where one rank has ended, torchrun ends the others
-                leave()
-                sys.exit(getattr(error, "exit_code", 2))
+    @wraps(main)
+    def run(argv=None):
+        if hasattr(sys.stdout, "reconfigure"):  # not where a program has replaced it
+            sys.stdout.reconfigure(errors="backslashreplace")
+        try:
+            main(argv)
+        except CommandError as error:
+            if rank() == 0:
+                print(f"{script}: {error}", file=sys.stderr, flush=True)
+            together(lambda: None)  # wait for it: where one rank has ended, torchrun ends the others
             leave()
-        return run
-    return decorate
+            sys.exit(error.exit_code)
+        leave()
+    return run
 
 
 def join():
@@ -55,18 +58,18 @@ def join():
     if not world:
         demand_one_process()
     if world > 1:
-        needed = ["RANK", "MASTER_ADDR", "MASTER_PORT"] + ["LOCAL_RANK"] * cuda
+        needed = ("RANK", "MASTER_ADDR", "MASTER_PORT", *(("LOCAL_RANK",) if cuda else ()))
         missing = [name for name in needed if not os.environ.get(name)]
         if missing:
-            raise StartError(f"WORLD_SIZE is {world}, but {' and '.join(missing)} are not set: start with "
-                             f"torchrun, or unset WORLD_SIZE")
+            raise StartError(f"WORLD_SIZE is {world}, without {' and '.join(missing)}: start with torchrun, "
+                             f"or unset WORLD_SIZE")
         if cuda:
             local_rank, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
             if local_rank >= count:
                 raise StartError(f"--nproc_per_node: there are {count} GPUs here; give at most {count}")
             torch.cuda.set_device(local_rank)
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's waits until the other ranks have come
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's handler would wait for the other ranks
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     return torch.device("cuda" if cuda else "cpu")
 
@@ -154,7 +157,7 @@ def progress(items, what, total=None, step=1):
     "120 of 500 photographs, 0:01:20 left". Work of less than five seconds says nothing.
 
     what:   the items' name, in the plural.
-    total:  how many there are, where items has no len.
+    total:  how many there are, where items has no len; 0 if nobody knows.
     step:   how many an item stands for, such as 1 on each rank; total counts these.
     """
     total = len(items) if total is None else total
@@ -162,8 +165,8 @@ def progress(items, what, total=None, step=1):
     for i, item in enumerate(items):
         done, now = i * step, time.monotonic()
         if done and now - said >= 5:
-            left = timedelta(seconds=round((now - began) / done * (total - done)))
-            say(f"{done} of {total} {what}, {left} left")
+            left = timedelta(seconds=round((now - began) / done * max(0, total - done)))
+            say(f"{done} of {total} {what}, {left} left" if total else f"{done} {what}")
             said = now
         yield item
 

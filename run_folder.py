@@ -31,7 +31,7 @@ import torch.distributed as dist
 from batches import training_batches
 from data import InputError, short_list
 from evaluate import evaluate, iou_table, load_checkpoint, mean_iou, panel
-from ranks import own, rank, say, sum_over_ranks, together, world_size
+from ranks import CommandError, own, rank, say, sum_over_ranks, together, world_size
 
 try:
     import fcntl
@@ -39,7 +39,8 @@ except ImportError:  # Windows
     fcntl = None
 
 METRICS = ("L", "L_x", "L_u", "gamma", "gamma_std", "confident", "cutmix_fired")
-LOGS = ("metrics.jsonl", "hardness.csv", "tensorboard/events.out.tfevents.0")
+EVENTS = "tensorboard/events.out.tfevents.0"
+LOGS = ("metrics.jsonl", "hardness.csv", EVENTS)
 FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", None)}
 # The columns of the log on the screen.
 MEANING_SUPERVISED = "L_x: loss on labelled images; lr: learning rate of the decoder"
@@ -50,7 +51,7 @@ FREE = {"accumulate", "checkpoint_every", "cuda", "data_root", "default_amp", "e
         "log_every", "out", "split", "workers"}
 
 
-class RunError(Exception):
+class RunError(CommandError):
     """The end of a run that had begun: one line that says why, and how to resume it."""
     exit_code = 1
 
@@ -262,7 +263,7 @@ class Run:
             flat |= ({f"{name}/{label}": v for label, v in value.items()} if isinstance(value, dict)
                      else {name: value})
         self.append("metrics.jsonl", json.dumps({"iteration": done, **record}).encode() + b"\n")
-        self.append(LOGS[2], scalar_event({k: v for k, v in flat.items() if v is not None}, done))
+        self.append(EVENTS, scalar_event({k: v for k, v in flat.items() if v is not None}, done))
 
     def append(self, log, content):
         if rank() == 0 and content:
@@ -344,7 +345,8 @@ class Run:
         if rank() != 0:
             return
         text = (f"{iou_table(self.data.classes, confusions)}\nThe result is the last iteration's. The "
-                f"teacher's best on val was {self.best['miou']:.2%}, after {self.best['iteration']}.\n")
+                f"teacher's best on val was {self.best['miou']:.2%}, after iteration "
+                f"{self.best['iteration']}.\n")
         if len(self.data.val) < 10:
             text += f"It is noisy: the number of validation images is {len(self.data.val)}.\n"
         picture = panel(rows, ("image", "ground truth", "prediction"), self.data.classes, self.data.palette)
@@ -362,7 +364,7 @@ class Run:
         if self.args.dataset != "shapes":
             say(f"Masks of photographs: {shlex.join(['python', 'predict.py', f'{folder}/last.pth'])} PATH...")
         if folder.name.endswith("-hagseg"):
-            baseline = folder.with_name(folder.name.replace("hagseg", "supervised"))
+            baseline = folder.with_name(folder.name.removesuffix("hagseg") + "supervised")
             command = ["python", "evaluate.py", f"{folder}/last.pth", "--beside", f"{baseline}/last.pth",
                        "--pictures", f"{folder}/panels"]
             say(f"Beside the baseline, once it is trained with --supervised:\n{shlex.join(command)}")
@@ -381,7 +383,7 @@ class Run:
 
 
 class StopWatch:
-    """A context that notices when the run is to stop: by a signal, or as torchrun is gone.
+    """A context that notices when the run is to stop: on a signal, or if torchrun is gone.
 
     The main thread saves the run at its next check. But it may wait in C for a disk, a device or another
     rank, where Python runs no signal handler. So a second thread watches. If the run is to stop, and the main

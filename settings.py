@@ -40,7 +40,7 @@ SMALL = {"backbone": "resnet18", "channels": 64, "image_size": 256, "crop_size":
 
 
 def flag(default, help, within=ANY, **options):
-    """A field of Settings with a flag; `options` go to argparse. A default of None follows from others."""
+    """A field of Settings with a flag; `options` go to argparse. None is derived from other settings."""
     return field(default=default, metadata={"help": help, "within": within, "options": options})
 
 
@@ -80,8 +80,8 @@ class Settings:
                        choices=("none", "standard", "hardness"))
     hardness: str = flag("wiou", "Fig. 3(a): Eq. 7, or what it is compared with",
                          choices=("wiou", "confidence", "loss"))
-    tau: float = flag(0.95, "minimum teacher confidence of a supervised pixel; lower it if the confident "
-                            "ratio in the log stays small", PROBABILITY)
+    tau: float = flag(0.95, "minimum teacher confidence of a supervised pixel; lower it if `confident` "
+                            "in the log stays small", PROBABILITY)
     lambda_u: float = flag(3.0, "weight of L_u in Eq. 1; lower it if mIoU falls as L_u grows", NOT_NEGATIVE)
     ema: float = flag(0.996, "alpha of Eq. 2; 0.98 to 0.99 for runs under 1,000 iterations", BELOW_1)
     ohem: bool = flag(False, "online hard example mining in L_x (authors, Cityscapes)")
@@ -288,7 +288,8 @@ def machine_memory():
     """GiB of memory that this machine has, or its container is allowed."""
     if not hasattr(os, "sysconf"):  # Windows
         return float("inf")
-    total, limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), Path("/sys/fs/cgroup/memory.max")
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
     if limit.exists() and limit.read_text().strip().isdigit():
         total = min(total, int(limit.read_text()))
     return total / 2 ** 30

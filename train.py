@@ -45,10 +45,10 @@ from hardness import (confidence_hardness, instance_hardness, loss_hardness, pix
 from model import DeepLabV3Plus, update_teacher
 from ranks import (average_buffers, command_line, demand_same_lists, gather, join, own, rank, say, together,
                    world_size)
-from run_folder import Run, RunError
+from run_folder import Run
 from settings import check_memory, parse_arguments
 
-# torch's messages where memory runs out, or the int that counts elements.
+# torch's messages where memory runs out, or where an int cannot count the elements.
 TOO_LARGE = ("out of memory|allocate memory|_STATUS_ALLOC_FAILED|INT_MAX elements|"
              "too large for the channels_last CUDA kernel")
 
@@ -78,7 +78,7 @@ def train_step(student, teacher, optimizer, batch, iteration, args):
             images.append(view)
             labels.append(supervising)
             weights.append(weight)
-        if args.loss == "hardness":  # zeros make Eq. 10 Eq. 4
+        if args.loss == "hardness":  # with zeros, Eq. 10 is Eq. 4
             hardness = own(gamma)
         confident = ((pseudo_labels != IGNORE).sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)).mean()
         measured = torch.stack([gamma.mean(), gamma.std(correction=0), confident, fired])
@@ -114,7 +114,7 @@ def micro_batches(images, accumulate):
 def assess(student, teacher, weak, valid, args):
     """Lines 2-6 of Algorithm 1: how hard each unlabelled image is, and its pseudo-labels.
 
-    student:      bare, as DDP is for passes with gradient alone.
+    student:      bare: DDP is only for passes with gradient.
     weak, valid:  this rank's normalised weak views (b, 3, H, W), and their map of what is no padding.
     Returns (gamma of the global batch (B,), this rank's pseudo-labels (b, H, W) uint8).
     """
@@ -265,7 +265,7 @@ def build_networks(args, num_classes, device):
     The pretrained weights are read on rank 0 alone; all ranks start with its weights and buffers.
     """
     def build():
-        fresh = rank() == 0 and not (Path(args.out) / "last.pth").exists()  # others get them from there
+        fresh = rank() == 0 and not (Path(args.out) / "last.pth").exists()  # else the weights come from there
         try:
             return DeepLabV3Plus(num_classes, args.backbone, args.output_stride, args.channels,
                                  args.weights if fresh else None, args.aux, args.multi_grid)
@@ -288,7 +288,7 @@ def build_networks(args, num_classes, device):
         lr=args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
     student = bare.train()
     if world_size() > 1:
-        warnings.filterwarnings("ignore", ".*broadcast_buffers.*", FutureWarning)  # torch 2.6 has no other
+        warnings.filterwarnings("ignore", ".*broadcast_buffers.*", FutureWarning)  # 2.6 has no other flag
         student = DistributedDataParallel(student, broadcast_buffers=False,
                                           gradient_as_bucket_view=True)
     return student, bare, teacher, optimizer
@@ -306,7 +306,7 @@ def demand_fit_data(args, data, labelled, unlabelled):
     return found.notes
 
 
-@command_line(InputError, RunError)
+@command_line
 def main(argv=None):
     """Run under torchrun or alone. Exit code 2 for input that cannot be trained on, 1 for a run that
     ended early, each with one line on stderr."""

@@ -351,6 +351,8 @@ CASES = {
                                "beside 255", name_colours(c200_0_0="thing")),
     "0, 128 and 255": (folder(left_and_right, names="background\nleft\nthing\n"), "ids 128",
                        name_colours(c128_128_128="left", c255_255_255="thing")),
+    "data behind the end of a JPEG": (
+        files(lambda jpeg: jpeg + bytes(100_000), "images/p00.jpg", "images/p09.jpg"), None),
     "one bit": (folder(one_bit), None),
     "one bit, three names": (folder(one_bit, names="a\nb\nthing"), r"p00.png: of one bit.*\(and 5 more\)",
                              name_colours(c255_255_255="thing")),
@@ -360,7 +362,7 @@ CASES = {
                          "ids 1000, .* export the masks again, with class ids below 255", export_again),
     "grey levels of 16 bits": (folder(lambda labels: labels.astype(np.uint16) * 65535), "ids 65535", paste),
     "one class": (folder(grey(0, 0)), "hold background alone; add masks of other classes", export_again),
-    "nothing but 255": (folder(grey(255, 255)), "hold nothing alone, beside 255", export_again),
+    "nothing but 255": (folder(grey(255, 255)), "hold nothing, beside 255", export_again),
     "RGB that are ids": (folder(coloured((0, 0, 0), (1, 1, 1))), "p00.png: in colour", paste),
     "RGB colours": (folder(coloured((0, 0, 0), (128, 0, 0))), r"\(and 5 more\)",
                     name_colours(c0_0_0="background", c128_0_0="thing")),

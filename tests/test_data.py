@@ -327,6 +327,20 @@ def test_what_may_not_be_read_is_said_with_the_command_that_allows_it(tmp_path, 
     subprocess.run(shlex.split(command), check=True)
 
 
+def test_photographs_that_may_not_be_read_are_a_problem(tmp_path, monkeypatch):
+    data, opened = open_data("custom", custom(tmp_path)), open
+
+    def refuse(path, *rest, **options):
+        if Path(path) == data.images[data.val[0]]:
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *rest, **options)
+
+    monkeypatch.setattr("builtins.open", refuse)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != data.images[data.val[0]])
+    problem, = check_data(data, data.labelled, data.images.keys() - data.masks.keys()).problems
+    assert "Permission denied" in problem and "allow it: chmod" in problem
+
+
 def test_the_report_of_a_good_and_a_bad_folder(tmp_path, capsys):
     root = custom(tmp_path)
     arguments = ["--dataset", "custom", "--data-root", str(root)]

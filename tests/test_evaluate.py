@@ -296,7 +296,7 @@ def test_a_list_of_other_images_is_evaluated(tmp_path, capsys, monkeypatch, proc
 
 
 @pytest.mark.parametrize("text, message", [
-    ("im0\nim9\nx\n", "list.txt: without an image and a mask under --data-root (2): im9, x; take them off"),
+    ("im0\nim9\nx\n", "list.txt: no image or no mask under --data-root (2): im9, x; take them off"),
     ("# none\n", "list.txt: is empty; write one id per line"), (None, "list.txt: no such file"),
     ("im0\nim0\n", "list.txt: ids listed twice: im0")])
 def test_a_list_that_cannot_be_evaluated_gets_one_line(tmp_path, capsys, text, message):
@@ -394,7 +394,7 @@ def test_a_baseline_that_sees_images_at_another_size_is_refused(tmp_path, capsys
                 for size in (24, 16))
     with pytest.raises(SystemExit):
         evaluate.main([str(one), "--beside", str(two), "--pictures", str(tmp_path)])
-    assert ("16.pth: goes with --pictures DIR, and with another checkpoint of the same classes and "
+    assert ("16.pth: needs --pictures DIR, and another checkpoint of the same classes and "
             "--image-size") in capsys.readouterr().err
 
 

@@ -258,6 +258,16 @@ def test_an_incomplete_set_of_masks_is_named_and_left_alone(server, tmp_path):
     assert len(data.stems(masks)) == 3
 
 
+def test_an_incomplete_set_as_unimatch_has_it_is_named(server, tmp_path):
+    prepare.download_voc(tmp_path)
+    masks = tmp_path / "VOCdevkit/VOC2012/SegmentationClass"
+    for path in (masks.with_name("SegmentationClassAug")).iterdir():
+        path.replace(masks / path.name)
+    masks.with_name("SegmentationClassAug").rmdir()
+    (masks / "sbd_1.png").unlink()
+    refused(tmp_path, f"{masks}: gives 3 training ids", "move that folder away")
+
+
 def test_another_count_is_refused_before_masks_are_made(server, tmp_path, monkeypatch):
     monkeypatch.setitem(data.TRAINING_SETS, "voc", 10582)
     refused(tmp_path, "benchmark_RELEASE", "4 training ids", "10582")

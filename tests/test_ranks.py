@@ -32,10 +32,10 @@ def test_several_processes_need_all_of_them(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(ranks.StartError, match="4, but MASTER_ADDR and MASTER_PORT are not set"):
+    with pytest.raises(ranks.StartError, match="4, without MASTER_ADDR and MASTER_PORT: start"):
         ranks.join()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # each process needs a GPU of its own
-    with pytest.raises(ranks.StartError, match="MASTER_ADDR and MASTER_PORT and LOCAL_RANK are not set"):
+    with pytest.raises(ranks.StartError, match="MASTER_ADDR and MASTER_PORT and LOCAL_RANK: start"):
         ranks.join()
     monkeypatch.delenv("WORLD_SIZE")  # the remedy
     ranks.join()
@@ -86,9 +86,9 @@ def one_of_two(rank, results, meeting):
         results.put(found | {"ended": time.time()})
 
 
-@ranks.command_line(ZeroDivisionError)
+@ranks.command_line
 def failing_command(argv=None):
-    raise ZeroDivisionError("the reason")
+    raise ranks.CommandError("the reason")
 
 
 @pytest.mark.slow
@@ -115,13 +115,13 @@ def test_two_ranks_share_a_batch_and_their_exceptions_and_end_together(tmp_path,
     assert capfd.readouterr().err.count("test_ranks.py: the reason\n") == 1
 
 
-class Ended(Exception):
+class Ended(ranks.CommandError):
     exit_code = 1
 
 
-@pytest.mark.parametrize("error, code", [(ZeroDivisionError, 2), (Ended, 1), (ranks.StartError, 2)])
+@pytest.mark.parametrize("error, code", [(ranks.CommandError, 2), (Ended, 1), (ranks.StartError, 2)])
 def test_a_command_ends_with_one_line_and_the_code_of_its_error(capsys, error, code):
-    @ranks.command_line(ZeroDivisionError, Ended)
+    @ranks.command_line
     def main(argv=None):
         raise error("1/0: the reason")
 
@@ -131,7 +131,7 @@ def test_a_command_ends_with_one_line_and_the_code_of_its_error(capsys, error, c
 
 
 def test_a_terminal_that_is_not_utf_8_ends_no_command(monkeypatch):
-    @ranks.command_line()
+    @ranks.command_line
     def main(argv=None):
         print(argv)
 
@@ -207,6 +207,9 @@ def test_progress_counts_what_an_item_stands_for_and_is_silent_where_it_is_quick
     for _ in ranks.progress(slow_to_start(), "images", total=7, step=4):  # on 4 ranks
         clock[0] += 3200
     assert capsys.readouterr().out == "4 of 7 images, 0:45:00 left\n"
+    for _ in ranks.progress(slow_to_start(), "MB", total=0):  # as a server does not say
+        clock[0] += 10
+    assert capsys.readouterr().out == "1 MB\n"
     assert list(ranks.progress(range(1000), "numbers")) == list(range(1000))
     monkeypatch.setattr(ranks, "rank", lambda: 1)
     for _ in ranks.progress(range(3), "images"):

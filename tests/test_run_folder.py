@@ -1021,8 +1021,9 @@ def test_the_log_explains_its_columns_and_shows_iteration_1(tmp_path, small):
 
 @pytest.mark.parametrize("tau, taught", [(0, True), (1, False)])
 def test_a_run_that_its_unlabelled_images_taught_nothing_says_so(tmp_path, small, tau, taught):
-    flags = [*TINY, "--tau", tau, "--iters", 6, "--out", tmp_path / "out"]
+    flags = [*TINY, "--tau", tau, "--iters", 6, "--out", tmp_path / "hagseg-hagseg"]
     _, out, _ = run(*flags)
+    assert f"--beside {tmp_path}/hagseg-supervised/last.pth" in out
     *_, said, remedy = out.splitlines()
     assert said.startswith("The unlabelled images taught this run nothing: in its last third, 0.0%") != taught
     if not taught:

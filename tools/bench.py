@@ -294,7 +294,7 @@ def read_flags(argv, folder):
     return settings
 
 
-@command_line(data.InputError)
+@command_line
 def main(argv=None):
     with tempfile.TemporaryDirectory() as folder:
         s = read_flags(argv, folder)
