@@ -317,7 +317,8 @@ def chosen_ids(args, data, state):
         return names, f"of {args.list}"
     lists = state.get("lists")
     if lists and (not args.data_root or with_mask.issuperset(lists["labelled"] + lists["val"])):
-        return [name for name in lists["val"] if name in with_mask], "of the run's validation set"
+        where = f", in {data.root}" if args.data_root else ""  # which may be other data with the same ids
+        return [name for name in lists["val"] if name in with_mask], f"of the run's validation set{where}"
     if data.notes and args.data_root:  # it has no validation set of its own
         return sorted(with_mask), f"with a mask in {data.root}"
     return data.val, f"of the validation set in {data.root}"

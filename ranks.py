@@ -66,7 +66,7 @@ def join():
         if cuda:
             local_rank, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
             if local_rank >= count:
-                raise StartError(f"--nproc_per_node: there are {count} GPUs here; give at most {count}")
+                raise StartError(f"--nproc_per_node: more processes than GPUs; give at most {count}")
             torch.cuda.set_device(local_rank)
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's handler would wait for the other ranks

@@ -336,7 +336,7 @@ def test_which_images_are_evaluated(tmp_path, capsys):
 
     assert said().startswith("2 images of the run's validation set\n  ")
     moved = root.rename(tmp_path / "moved")
-    assert said("--data-root", moved).startswith("2 images of the run's validation set\n  ")
+    assert said("--data-root", moved).startswith("2 images of the run's validation set, in ")
     (moved / "SegmentationClass/im3.png").unlink()
     moved.rename(root)
     assert said().startswith("1 images of the run's validation set\n  ")
