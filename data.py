@@ -399,22 +399,19 @@ def open_data(dataset, root=None):
     return opened
 
 
-def find_folder(root, child, parents):
-    """The first of root / parent that holds the folder `child`."""
-    for parent in parents:
+def find_folder(root, child):
+    """The first of root, and the folders around it that archives have, that holds the folder `child`."""
+    for parent in (".", "VOC2012", "VOCdevkit/VOC2012", "cityscapes", ".."):
         if os.path.isdir(root / parent / child):
             return root / parent
     raise InputError(f"--data-root {root}: no folder {child}/ in it; give the folder that holds it")
 
 
-def find_voc(root):
-    return find_folder(root, "JPEGImages", (".", "VOC2012", "VOCdevkit/VOC2012", ".."))
-
 
 def open_voc(root):
     """PASCAL VOC 2012, with SBD's masks in SegmentationClassAug/ for the blended training set, or all masks
     in SegmentationClass/, as UniMatch and U2PL have them; only VOC's own training ids are `labelled`."""
-    root = find_voc(root)
+    root = find_folder(root, "JPEGImages")
     lists = [root / "ImageSets" / "Segmentation" / name for name in ("train.txt", "val.txt")]
     for path in lists:
         if not path.exists():
@@ -434,7 +431,7 @@ def open_voc(root):
 
 def open_cityscapes(root):
     """Cityscapes: leftImg8bit/ and gtFine/. labelIds are mapped where there are no labelTrainIds."""
-    root = find_folder(root, "leftImg8bit", (".", "cityscapes", ".."))
+    root = find_folder(root, "leftImg8bit")
     if not (root / "gtFine").is_dir():
         raise InputError(f"{root}: no folder gtFine/ in it; unpack gtFine_trainvaltest.zip there")
     images, masks, lists = {}, {}, {"train": [], "val": []}

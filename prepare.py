@@ -51,7 +51,7 @@ def download_voc(root):
     except InputError:  # not there, or not complete
         make_blended_masks(root)
         train = data.open_voc(root).train
-    blended = data.find_voc(root) / data.BLENDED_MASKS
+    blended = data.find_folder(root, "JPEGImages") / data.BLENDED_MASKS
     demand_all(train, blended if blended.exists() else blended.with_name("SegmentationClass"))
     print(f"{root}: {len(train)} training ids. The archives and benchmark_RELEASE/ in it may now be removed")
 
@@ -63,13 +63,14 @@ def make_blended_masks(root):
     except ImportError:
         raise InputError(f"--download: SBD's .mat masks need scipy; pip install scipy, and {AGAIN}") from None
     try:
-        voc = data.find_voc(root)
+        voc = data.find_folder(root, "JPEGImages")
     except InputError:
         voc = unpacked(root, *map(DATASET_YEAR_DICT["2012"].get, ("base_dir", "url", "filename", "md5")))
-    train, val = (ids_in(voc, f"ImageSets/Segmentation/{part}.txt") for part in ("train", "val"))
+    lists = [f"ImageSets/Segmentation/{part}.txt" for part in ("train", "val")]
+    train, val = map(data.read_list, demand(voc, lists))
     demand(voc, [f"SegmentationClass/{name}.png" for name in train + val])
     sbd = unpacked(root, "benchmark_RELEASE", SBDataset.url, SBDataset.filename, SBDataset.md5) / "dataset"
-    ids = sorted({*train, *ids_in(sbd, "train.txt"), *ids_in(sbd, "val.txt")} - {*val})
+    ids = sorted({*train}.union(*map(data.read_list, demand(sbd, ["train.txt", "val.txt"]))) - {*val})
     demand_all(ids, sbd)
     own = data.stems(voc / "SegmentationClass")
     demand(voc, [f"JPEGImages/{name}.jpg" for name in ids])
@@ -93,16 +94,13 @@ def make_blended_masks(root):
     os.replace(folder, voc / data.BLENDED_MASKS)
 
 
-def ids_in(folder, file):
-    demand(folder, [file])
-    return data.read_list(folder / file)
-
-
 def demand(folder, files):
+    """The paths of files in a folder. Raises InputError unless all are there."""
     missing = [file for file in files if not (folder / file).is_file()]
     if missing:
         raise InputError(f"{folder}: incomplete, without {short_list(missing)}; complete it, or move it "
                          f"away, and {AGAIN}")
+    return [folder / file for file in files]
 
 
 def demand_all(ids, source):
@@ -161,8 +159,7 @@ def write_label_map(root):
     What is known is proposed: an index or a grey value is a class id, and of two classes the first is black,
     the second white. Every other colour gets a ?, which is refused until the user has replaced it.
     """
-    label_map, part, names_file = (
-        root / name for name in ("labelmap.txt", "labelmap.part", "class_names.txt"))
+    label_map, part, names_file = map(root.joinpath, ("labelmap.txt", "labelmap.part", "class_names.txt"))
     if label_map.exists():
         return
     folder, files = data.mask_files(root)
