@@ -189,15 +189,13 @@ def evaluate(networks, data, device, window=None, max_side=None, amp=False, work
 
 def iou_table(classes, confusions):
     """A text table of per-class IoU in percent, a column for each named confusion matrix."""
+    labels = [*classes, "mean IoU"]
     names = [name.rjust(max(10, len(name) + 2)) for name in confusions]
-    results = [mean_iou(confusion) for confusion in confusions.values()]
-    width = max(map(len, (*classes, "mean IoU")))
-
-    def line(label, values):
-        return label.ljust(width) + "".join(f"{100 * v:{len(name)}.2f}" for v, name in zip(values, names))
-
-    rows = [line(label, [iou[c] for _, iou in results]) for c, label in enumerate(classes)]
-    return "\n".join([" " * width + "".join(names), *rows, line("mean IoU", [mean for mean, _ in results])])
+    columns = [[*iou.tolist(), mean] for mean, iou in map(mean_iou, confusions.values())]
+    width = max(map(len, labels))
+    lines = [label.ljust(width) + "".join(f"{100 * v:{len(name)}.2f}" for v, name in zip(values, names))
+             for label, *values in zip(labels, *columns)]
+    return "\n".join([" " * width + "".join(names), *lines])
 
 
 def load_checkpoint(path, remedy="a last.pth or best.pth of train.py"):
@@ -292,14 +290,12 @@ def caption(text, colour=None):
 
 def joined(pictures, down=False, gap=4):
     """Pillow images side by side, or one below the other, on white."""
-    places, x, y = [], 0, 0
-    for p in pictures:
-        places.append((x, y))
-        x, y = (x, y + p.height + gap) if down else (x + p.width + gap, y)
-    whole = Image.new("RGB", (max(x - gap, *(p.width for p in pictures)),
-                              max(y - gap, *(p.height for p in pictures))), "white")
-    for picture, place in zip(pictures, places):
-        whole.paste(picture, place)
+    sizes = np.array([picture.size for picture in pictures])
+    steps = (sizes + gap) * ([0, 1] if down else [1, 0])
+    places = steps.cumsum(0) - steps
+    whole = Image.new("RGB", tuple((places + sizes).max(0).tolist()), "white")
+    for picture, place in zip(pictures, places.tolist()):
+        whole.paste(picture, tuple(place))
     return whole
 
 
@@ -399,6 +395,8 @@ def main(argv=None):
         help="another checkpoint, such as a baseline's: its predictions and IoU stand left of the first's")
     parser.add_argument("--workers", type=int, default=0, help="loader threads")
     args = parser.parse_args(argv)
+    if args.workers < 0:
+        raise InputError(f"--workers {args.workers}: at least 0")
     device = join()
 
     def write_panel(name, image, labels, maps):

@@ -11,6 +11,7 @@ from torch import nn
 from torchvision import models
 from torchvision.models.segmentation.deeplabv3 import ASPP
 from torchvision.models.segmentation.fcn import FCNHead
+from torchvision.ops import Conv2dNormActivation
 
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")
 LOW_LEVEL_CHANNELS = 48
@@ -64,10 +65,10 @@ class DeepLabV3Plus(nn.Module):
         self.aspp = ASPP(width, [rate * 16 // output_stride for rate in (6, 12, 18)], channels)
         self.aspp.convs[-1] = ImagePooling(*self.aspp.convs[-1])
         del self.aspp.project[-1]  # its dropout: the authors use none, and it draws unseeded
-        self.low_level = conv_bn_relu(width // 8, LOW_LEVEL_CHANNELS, 1)
+        self.low_level = Conv2dNormActivation(width // 8, LOW_LEVEL_CHANNELS, 1)
         self.decoder = nn.Sequential(
-            conv_bn_relu(channels + LOW_LEVEL_CHANNELS, channels, 3),
-            conv_bn_relu(channels, channels, 3),
+            Conv2dNormActivation(channels + LOW_LEVEL_CHANNELS, channels, 3),
+            Conv2dNormActivation(channels, channels, 3),
             nn.Conv2d(channels, num_classes, 1),
         )
         self.aux = FCNHead(width // 2, num_classes) if aux else None
@@ -124,13 +125,6 @@ class ImagePooling(nn.Sequential):
         return pooled.contiguous(memory_format=torch.channels_last)
 
 
-def conv_bn_relu(in_channels, out_channels, kernel_size):
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False),
-        nn.BatchNorm2d(out_channels),
-        nn.ReLU(inplace=True),
-    )
-
 
 def upsample(coarse, size: list[int]):
     # In float32: softmax and losses want the logits so, and the coarse map is cheap to cast.
@@ -184,19 +178,16 @@ def load_weights(network, weights, backbone, channels):
     whole = all(name in state for name in needed if name.startswith(("aspp.", "low_level.", "decoder.")))
     demand_fit(state, needed, whole, weights, backbone, channels)
 
-    fresh = set()  # what the file does not have, or has for other classes
     for name in needed if whole else encoder(needed):
-        if name in state and state[name].shape == needed[name].shape:
+        if name in state and state[name].shape == needed[name].shape:  # else it starts anew
             needed[name].copy_(state[name])
-        else:
-            fresh.add(name)
     if weights == "imagenet":
         return ""
     notes = [f"weights {weights}: {'the whole network' if whole else 'the encoder'} of {place[:-1] or 'it'}"]
-    if "decoder.2.weight" in fresh:
+    if whole and len(state["decoder.2.weight"]) != len(needed["decoder.2.weight"]):
         notes.append(f"the last layer starts anew, for {len(needed['decoder.2.weight'])} classes in place of "
                      f"{len(state['decoder.2.weight'])}")
-    if "aux.0.weight" in fresh:
+    if whole and "aux.0.weight" in needed.keys() - state.keys():
         notes.append("the auxiliary head starts anew")
     return "; ".join(notes)
 

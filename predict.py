@@ -6,7 +6,7 @@
 
 import argparse
 import csv
-import io
+
 import os
 import sys
 import unicodedata
@@ -62,7 +62,7 @@ def find_photographs(paths):
     """The files among paths, and the photographs in the folders among them (data.files_in)."""
     found = []
     for path in paths:
-        if not path.exists():
+        if not os.path.exists(path):  # Path.exists raises where a folder above cannot be read
             raise InputError(f"{path}: no such file or folder")
         inside = files_in(path, IMAGE_SUFFIXES | HEIC_SUFFIXES) if path.is_dir() else [path]
         if not inside:
@@ -90,8 +90,8 @@ def predict_files(model, state, paths, folder, device, pair=None):
     taken = {file.resolve() for file in photographs}  # no result may overwrite these
     tables = [folder / name for name in results if name.endswith(".csv")]
     for table in filter(Path.exists, tables):
-        text = table.read_bytes().decode(errors="surrogateescape")
-        header, *rows = [*filter(None, csv.reader(io.StringIO(text, newline="")))] or [[]]
+        with open(table, encoding="utf-8", errors="surrogateescape", newline="") as file:
+            header, *rows = [*filter(None, csv.reader(file))] or [[]]
         if header[:1] != ["file"]:  # as write_table begins
             raise InputError(f"--out {folder}: its {table.name} is not predict.py's; give another --out")
         others = [name for name, *_ in rows if Path(name).resolve() not in taken]
@@ -138,12 +138,11 @@ def list_results(results):
 def write_table(path, header, rows):
     """Write rows (file, values from 0 to 1) as CSV, whole or not at all. Names that are not UTF-8 are written
     as the bytes that they are."""
-    text = io.StringIO()
-    table = csv.writer(text)
-    table.writerow(header)
-    table.writerows((name, *(f"{value:.6f}" for value in values)) for name, *values in rows)
     temporary = Path(f"{path}.tmp")
-    temporary.write_bytes(text.getvalue().encode(errors="surrogateescape"))
+    with open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(header)
+        table.writerows((name, *(f"{value:.6f}" for value in values)) for name, *values in rows)
     os.replace(temporary, path)
 
 

@@ -117,15 +117,14 @@ class Run:
                    if name not in same and (old.get(name) or None) != (value or None)]
         if list(state["classes"]) != list(self.data.classes):
             changed.append(f"its classes are {short_list(state['classes'])}")
+        before = state.get("lists", self.lists)
+        more = {name: {*ids} - {*before[name]} for name, ids in self.lists.items()}
+        changed += [f"more {name} images ({len(added)})" for name, added in more.items() if added]
+        if any(more.values()) and self.args.dataset == "custom":
+            remedy += (f"; where images were removed, keep the lists: --split {self.folder}/labelled.txt, "
+                       f"and {self.folder}/val.txt in ImageSets/Segmentation/")
         for name, ids in self.lists.items():
-            before = set(state.get("lists", {}).get(name, ids))
-            gone = sorted(before.difference(ids))
-            if not before.issuperset(ids):
-                changed.append(f"more {name} images ({len(set(ids) - before)})")
-                if self.args.dataset == "custom":
-                    remedy += (f"; where images were removed, keep the lists: --split {self.folder}/"
-                               f"labelled.txt, and {self.folder}/val.txt in ImageSets/Segmentation/")
-            elif gone:
+            if gone := sorted({*before[name]} - {*ids}):
                 notes.append(f"{name} images are gone ({len(gone)}: {short_list(gone)}): from iteration "
                              f"{state['iteration']} on, the run uses the {len(ids)} that are left")
         if state["iteration"] == old["iters"] and all(c.startswith(("epochs ", "iters ")) for c in changed):
@@ -145,11 +144,11 @@ class Run:
     def resume(self):
         """Restore last.pth, if there is one, on all ranks, and cut the logs back to it."""
         path, sizes = self.folder / "last.pth", {}
-        state = [together(self.claim)]
-        if world_size() > 1:
-            dist.broadcast_object_list(state)
-        state, = state
         try:
+            state = [together(self.claim)]
+            if world_size() > 1:
+                dist.broadcast_object_list(state)
+            state, = state
             if state:
                 self.student.load_state_dict(state["student"])
                 self.teacher.load_state_dict(state["teacher"])
@@ -368,18 +367,14 @@ class Run:
             command = ["python", "evaluate.py", f"{folder}/last.pth", "--beside", f"{baseline}/last.pth",
                        "--pictures", f"{folder}/panels"]
             say(f"Beside the baseline, once it is trained with --supervised:\n{shlex.join(command)}")
-        confident = self.confident_at_last()
-        if confident < 0.05:
+        log = folder / "metrics.jsonl"
+        records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        shares = [record["confident"] for record in records
+                  if "confident" in record and record["iteration"] > self.args.iters * 2 / 3]
+        confident = sum(shares) / max(1, len(shares))
+        if shares and confident < 0.05 and not self.args.supervised:
             say(f"The unlabelled images taught this run nothing: in its last third, {confident:.1%} of "
                 f"pixels were confident.\nLower --tau, now {self.args.tau}, and give another --out.")
-
-    def confident_at_last(self):
-        """The mean `confident` of the last third of the run; 1 where it is not logged."""
-        log = self.folder / "metrics.jsonl"
-        records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-        shares = [r["confident"] for r in records
-                  if "confident" in r and r["iteration"] > self.args.iters * 2 / 3]
-        return sum(shares) / len(shares) if shares and not self.args.supervised else 1.0
 
 
 class StopWatch:

@@ -201,7 +201,8 @@ def fill_in(args, given):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         args.workers = min(max(cores // ranks_here, 1), 8) if args.cuda else 0
-    args.checkpoint_every = args.checkpoint_every or (2000 if args.cuda else 200)
+    if args.checkpoint_every is None:
+        args.checkpoint_every = 2000 if args.cuda else 200
 
 
 def take_from_checkpoint(args, given):
@@ -219,7 +220,8 @@ def take_from_checkpoint(args, given):
     taken = {name: value for name, value in trained.items() if name not in given}
     differ = {name: value for name, value in trained.items() if given.get(name, value) != value}
     vars(args).update(taken)
-    say(f"--weights {args.weights}: {described(taken)}, as that run had")
+    if taken:
+        say(f"--weights {args.weights}: {described(taken)}, as that run had")
     if differ:
         say(f"warning: --weights {args.weights}: was trained with {described(differ)}; the flags differ")
 

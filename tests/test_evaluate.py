@@ -389,6 +389,12 @@ def test_panels_never_overwrite_the_data_set(tmp_path, capsys):
     assert {file.name for file in (tmp_path / "panels").iterdir()} == {"im4.png", "im5.png"}
 
 
+def test_a_negative_number_of_workers_is_refused(capsys):
+    with pytest.raises(SystemExit) as end:
+        evaluate.main(["last.pth", "--workers", "-1"])
+    assert end.value.code == 2 and "evaluate.py: --workers -1: at least 0" in capsys.readouterr().err
+
+
 def test_a_baseline_that_sees_images_at_another_size_is_refused(tmp_path, capsys):
     one, two = (checkpoint(tmp_path / f"{size}.pth", image_size=size, dataset="shapes", data_root="")
                 for size in (24, 16))

@@ -664,8 +664,11 @@ def test_a_photograph_that_can_only_be_removed_does_not_cost_the_run(tmp_path, s
     assert {name for iteration, name in drawn if int(iteration) >= 6} == kept
     assert set((out / "unlabelled.txt").read_text().split()) == kept
     save(root / "JPEGImages" / "im30.jpg", np.zeros((12, 16, 3)))
+    save(root / "JPEGImages" / "im31.jpg", np.zeros((12, 16, 3)))
+    save(root / "SegmentationClass" / "im31.png", np.zeros((12, 16)))
     code, _, err = run(*flags)
-    assert code == 2 and "more unlabelled images (1)" in err and "give another --out" in err
+    assert code == 2 and "more labelled images (1), more unlabelled images (1)" in err
+    assert err.count("give another --out; where images were removed, keep the lists") == 1
 
 
 @pytest.mark.parametrize("masks", [10, 20])
@@ -757,11 +760,13 @@ def test_a_best_pth_starts_another_run(tmp_path, monkeypatch, there):
     assert code == 0, err
 
 
-@pytest.mark.parametrize("change", [{"student": {}}, {"optimizer": {}}])
+@pytest.mark.parametrize("change", [
+    lambda state: state | {"student": {}}, lambda state: state | {"optimizer": {}},
+    lambda state: {name: state[name] for name in ("settings", "classes", "student", "teacher")}])
 def test_a_broken_checkpoint_is_refused_and_the_logs_are_kept(whole, small, tmp_path, change):
     out = tmp_path / "out"
     shutil.copytree(whole, out)
-    torch.save(torch.load(out / "last.pth", weights_only=True) | change, out / "last.pth")
+    torch.save(change(torch.load(out / "last.pth", weights_only=True)), out / "last.pth")
     before = (out / "metrics.jsonl").read_text()
     code, _, err = run(*EIGHT, "--out", out)
     assert code == 2 and "last.pth: not the last checkpoint of this run" in err

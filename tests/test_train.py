@@ -614,6 +614,7 @@ CASES = {
     "alpha": (None, "--ema 1", "--ema 1.0: at least 0 and below 1"),
     "scale": (None, "--scale 2 0.5", "--scale 2.0 0.5: two factors"),
     "rate": (None, "--lr 0", "--lr 0.0: above 0"),
+    "no checkpoints": (None, "--checkpoint-every 0", "--checkpoint-every 0: at least 1"),
     "batch of one": (None, "--batch-size 1", "--batch-size 1: BatchNorm needs two"),
     "uneven accumulation": (None, "--accumulate 3", "give a multiple of 3, or another --acc"),
     "more accumulation than images": (None, "--accumulate 8", "give a multiple of 8"),

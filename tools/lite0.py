@@ -73,9 +73,9 @@ class Lite0(model.DeepLabV3Plus):
         self.aspp = model.ASPP(320, [rate * 16 // output_stride for rate in (6, 12, 18)], channels)
         self.aspp.convs[-1] = model.ImagePooling(*self.aspp.convs[-1])
         del self.aspp.project[-1]  # its dropout
-        self.aux, self.low_level = None, model.conv_bn_relu(24, 48, 1)
-        self.decoder = nn.Sequential(model.conv_bn_relu(channels + 48, channels, 3),
-                                     model.conv_bn_relu(channels, channels, 3),
+        self.aux, self.low_level = None, model.Conv2dNormActivation(24, 48, 1)
+        self.decoder = nn.Sequential(model.Conv2dNormActivation(channels + 48, channels, 3),
+                                     model.Conv2dNormActivation(channels, channels, 3),
                                      nn.Conv2d(channels, num_classes, 1))
         mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
         affine = torch.stack([std * 255 / 128, (mean * 255 - 127) / 128])  # (255 x - 127) / 128 of colours x
