@@ -98,8 +98,8 @@ def picture_to_tensor(picture):
 
 
 def stack_items(items):
-    """Items -> a batch. NumPy stacks images as they lie in memory, channels last, which is several times
-    faster than any other way; torch would start threads of its own in each loader thread."""
+    """Items -> a batch. Images are stacked as they lie in memory, channels last, which is several times
+    faster. NumPy does so without threads of its own; torch would start some in each loader thread."""
     return {name: torch.from_numpy(np.stack([item[name].numpy() for item in items])) for name in items[0]}
 
 

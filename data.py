@@ -43,7 +43,6 @@ HEIC_SUFFIXES = {".heic", ".heif"}  # photographs too, which Pillow cannot read
 MASK_SUFFIXES = {".png", ".tif", ".tiff", ".bmp", ".gif", ".npy"}  # lossless
 MASK_FOLDERS = ("SegmentationClassPNG", "SegmentationClass", "masks")
 BLENDED_MASKS = "SegmentationClassAug"
-
 OLD_MASKS = "SegmentationClassIds"  # the index PNGs that earlier versions made of colour-coded masks
 FEW_COLOURS = 20  # photographs have more, label images do not
 OKABE_ITO = [(0, 0, 0), (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178),

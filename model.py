@@ -125,7 +125,6 @@ class ImagePooling(nn.Sequential):
         return pooled.contiguous(memory_format=torch.channels_last)
 
 
-
 def upsample(coarse, size: list[int]):
     # In float32: softmax and losses want the logits so, and the coarse map is cheap to cast.
     return F.interpolate(coarse.float(), size, mode="bilinear")

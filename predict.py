@@ -6,7 +6,6 @@
 
 import argparse
 import csv
-
 import os
 import sys
 import unicodedata

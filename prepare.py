@@ -52,7 +52,7 @@ def download_voc(root):
         make_blended_masks(root)
         train = data.open_voc(root).train
     blended = data.find_folder(root, "JPEGImages") / data.BLENDED_MASKS
-    demand_all(train, blended if blended.exists() else blended.with_name("SegmentationClass"))
+    demand_all(train, blended if blended.exists() else blended.parent)
     print(f"{root}: {len(train)} training ids. The archives and benchmark_RELEASE/ in it may now be removed")
 
 

@@ -3,7 +3,6 @@
 Works alone: torch is all it needs. Shapes: a global batch of B images is b = B / world_size a rank.
 """
 
-
 import os
 import shlex
 import signal

@@ -85,6 +85,8 @@ class Run:
             self.lock = lock(self.folder)
             found = next((path for path in (last, best) if path.exists()), None)
             state = load_checkpoint(found, "another --out") if found else None
+            if state and not {"iteration", "optimizer"} <= state.keys():
+                raise InputError(f"{found}: not the last checkpoint of this run; give another --out")
             if state:
                 self.compare(state)
             if state and state["optimizer"] is None:  # a best.pth
@@ -144,11 +146,11 @@ class Run:
     def resume(self):
         """Restore last.pth, if there is one, on all ranks, and cut the logs back to it."""
         path, sizes = self.folder / "last.pth", {}
+        state = [together(self.claim)]
+        if world_size() > 1:
+            dist.broadcast_object_list(state)
+        state, = state
         try:
-            state = [together(self.claim)]
-            if world_size() > 1:
-                dist.broadcast_object_list(state)
-            state, = state
             if state:
                 self.student.load_state_dict(state["student"])
                 self.teacher.load_state_dict(state["teacher"])

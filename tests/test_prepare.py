@@ -265,7 +265,10 @@ def test_an_incomplete_set_as_unimatch_has_it_is_named(server, tmp_path):
         path.replace(masks / path.name)
     masks.with_name("SegmentationClassAug").rmdir()
     (masks / "sbd_1.png").unlink()
-    refused(tmp_path, f"{masks}: gives 3 training ids", "move that folder away")
+    refused(tmp_path, f"{masks.parent}: gives 3 training ids", "move that folder away")
+    masks.parent.rename(tmp_path / "away")
+    prepare.download_voc(tmp_path)
+    check_prepared(tmp_path)
 
 
 def test_another_count_is_refused_before_masks_are_made(server, tmp_path, monkeypatch):

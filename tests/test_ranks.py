@@ -37,6 +37,11 @@ def test_several_processes_need_all_of_them(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # each process needs a GPU of its own
     with pytest.raises(ranks.StartError, match="MASTER_ADDR and MASTER_PORT and LOCAL_RANK: start"):
         ranks.join()
+    for name, value in (("MASTER_ADDR", "localhost"), ("MASTER_PORT", "1"), ("LOCAL_RANK", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ranks.StartError, match="more processes than GPUs; give at most 2"):
+        ranks.join()
     monkeypatch.delenv("WORLD_SIZE")  # the remedy
     ranks.join()
 
