@@ -73,7 +73,7 @@ def check_data(data, labelled, unlabelled, supervised=False):
 
 def check_files(data, masked, unmasked=()):
     """Read the headers and ends of images, and the masks of those in `masked`. Returns Findings."""
-    found, lines, palettes, with_mask = Findings(), {}, {}, {*masked}
+    found, lines, palettes, turned, with_mask = Findings(), {}, {}, [], {*masked}
     everything = sorted({*masked, *unmasked})
     for lacking, what, remedy in (
             ([name for name in everything if name not in data.images], "listed images are missing",
@@ -97,6 +97,8 @@ def check_files(data, masked, unmasked=()):
                     said = (f"{data.masks[name]}: {labels.shape[1]} x {labels.shape[0]} pixels, but its "
                             f"image (upright, as its EXIF says) has {size[0]} x {size[1]}; export the mask "
                             f"again")
+                elif data.folders and not image.format and Image.open(data.images[name]).size == size:
+                    turned.append(data.images[name])
         except InputError as error:
             said = str(error)
         return name, said, side, pixels, palette
@@ -113,6 +115,10 @@ def check_files(data, masked, unmasked=()):
     for remedy, (said, *more) in lines.items():
         found.problems.append(
             f"{said.removesuffix('; ' + remedy)} (and {len(more)} more); {remedy}" if more else said)
+    if turned:
+        found.notes.append(f"{one_of(sorted(turned))}: its EXIF turns it, and the size of its mask does not "
+                           f"show whether the mask is turned, too; save the photograph as its mask lies, "
+                           f"without EXIF")
     check_ids(data, found)
     check_palettes(data, palettes, found)
     return found

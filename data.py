@@ -406,7 +406,6 @@ def find_folder(root, child):
     raise InputError(f"--data-root {root}: no folder {child}/ in it; give the folder that holds it")
 
 
-
 def open_voc(root):
     """PASCAL VOC 2012, with SBD's masks in SegmentationClassAug/ for the blended training set, or all masks
     in SegmentationClass/, as UniMatch and U2PL have them; only VOC's own training ids are `labelled`."""

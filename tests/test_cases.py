@@ -750,6 +750,14 @@ NOTES = {
     "val/ without masks": (both(train_and_val, folder(images="images/val", masked=0, image="w{}.jpg")),
                            "one of 12.: a photograph in val/ without a mask or not in val.txt, which",
                            move("images/val/w*", "images/train")),
+    "upside down by EXIF": (both(folder(), lambda root: [
+        save(scene(i)[0], root / f"images/p0{i}.jpg", exif=rotated(3)) for i in (0, 7)]),
+        "p00.jpg: its EXIF turns it, and the size of its mask does not show .*; save the photograph as",
+        lambda root, said: save(scene(0)[0], root / "images/p00.jpg")),
+    "squares turned by EXIF": (both(folder(size=(32, 32)), lambda root: [
+        save(scene(i, (32, 32))[0], root / f"images/p0{i}.jpg", exif=rotated(6)) for i in range(2)]),
+        "p00.jpg .one of 2.: its EXIF turns it", lambda root, said: [
+            save(scene(i, (32, 32))[0], root / f"images/p0{i}.jpg") for i in range(2)]),
 }
 
 
