@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from data import (HEIC_SUFFIXES, IGNORE, IMAGE_SUFFIXES, MASK_FOLDERS, MASK_SUFFIXES, OLD_MASKS, InputError,
-                  looks_like_mask, name_in, one_of, reading, short_list, tails, walk, written)
+                  end_of, looks_like_mask, name_in, one_of, reading, short_list, tails, walk, written)
 from ranks import progress
 
 # Not pictures: files of operating systems, and of programs that note where a picture was taken.
@@ -19,8 +19,9 @@ SIDE_FILES = re.compile(r"thumbs\.db|.*\.ini|icon\r|.*:zone\.identifier|"
 # Names of folders and files of masks, as Segments.ai, Cityscapes, fastai, nnU-Net and others give them.
 MASK_FOLDER = re.compile(r"(?:.*[-_ ]|train|val|test)?(?:masks?|labels?|gts?|segm?\w*|ann(?:ot(?:ation)?s?)?|"
                          r"ground.?truths?)(?:[-_ ].*|tr|ts|ids|\d*)", re.I)
-MASK_ENDING = re.compile(r"(?:[-_. ]*(?:masks?|labels?\w*|gt\w*|seg\w*|annot\w*|ground.?truth|colou?red|png|"
-                         r"jpe?g)|[-_. ](?-i:[PL]))+$", re.I)
+MASK_ENDING = re.compile(r"(?:[-_. ]*(?:masks?|labels?\w*|gt\w*|seg\w*|annot\w*|ground.?truth|colou?red|"
+                         r"overlays?|vi[sz]\w*|preview|png|jpe?g)|[-_. ](?-i:[PL]))+$", re.I)
+ANNOTATIONS = (".json", ".xml", ".txt", ".csv")
 IMAGE_ENDING = re.compile(r"(?:[-_. ]*(?:img|images?|photo|rgb|sat|leftImg8bit)|_0000)+$", re.I)
 
 
@@ -77,9 +78,9 @@ def check_files(data, masked, unmasked=()):
     everything = sorted({*masked, *unmasked})
     for lacking, what, remedy in (
             ([name for name in everything if name not in data.images], "listed images are missing",
-             "complete the data set or fix the list"),
-            ([name for name in masked if name not in data.masks], "images of the labelled or validation list "
-             "have no mask", "add their masks or take them off the list")):
+             "complete the data set or fix the list, such as those in ImageSets/Segmentation/"),
+            ([name for name in masked if name in data.images.keys() - data.masks.keys()], "images of the "
+             "labelled or validation list have no mask", "add their masks or take them off the list")):
         if lacking:
             found.problems.append(f"{what} ({len(lacking)}): {short_list(lacking)}; {remedy}")
 
@@ -129,10 +130,9 @@ def demand_whole(image, path):
     mark = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}.get(image.format)
     if not image.format:  # drawn, or decoded already, to turn it
         return
-    with reading(path), open(path, "rb") as file:
+    with reading(path):
         for length in (16, 1 << 16) if mark else ():  # cameras append data of their own
-            file.seek(max(0, os.fstat(file.fileno()).st_size - length))
-            end = file.read()
+            end = end_of(path, length)
             if end.rfind(mark) > end.rfind(b"\xff\xda"):  # the end of a thumbnail is before the scan
                 return
         image.draft(None, (1, 1))
@@ -154,7 +154,8 @@ def check_classes(data, part, names, needed, found):
                 f"give what is ignored (black, where it has no line) a name in {data.root / 'labelmap.txt'}")
         found.problems.append(f"the {part} masks, {data.masks[names[0]]} for one, hold {what}; {remedy}")
     elif names and absent:
-        found.notes.append(f"no {part} mask holds {short_list(absent)}, which "
+        first = " (the first name is that of the id 0)" if data.classes[0] in absent else ""
+        found.notes.append(f"no {part} mask holds {short_list(absent)}{first}, which "
                            f"{'will not be learnt' if part == 'labelled' else 'is not in the mean IoU'}")
 
 
@@ -180,13 +181,13 @@ def check_ids(data, found):
                   f"id 1, and so on; if {C} is what nobody annotated, {colours}")
     else:
         remedy = (f"if these are class ids, write a name for each id, from 0, into {names_file}; if they are "
-                  f"grey levels or colours, {colours}")
+                  f"grey levels or colours, {colours}; if they number objects, export masks of classes")
     found.problems.append(f"{one_of(files)}: holds the ids {short_list(ids)}, but there are {C} classes "
                           f"(0 to {C - 1}); {remedy}")
 
 
 def check_palettes(data, palettes, found):
-    """Add a problem if an id has different colours in two index PNGs."""
+    """Add a problem if an id has two colours in index PNGs, a note if black is another id than 0."""
     shades = {}  # id -> its colour, and the first mask with it
     for name, palette in palettes.items():
         for i in np.flatnonzero(found.pixels[name][:IGNORE]) if palette is not None else ():
@@ -196,6 +197,10 @@ def check_palettes(data, palettes, found):
                 found.problems.append(f"{path} and {data.masks[name]}: the id {i} is {before} in the one and "
                                       f"{colour} in the other; {data.colours_remedy('replace one')}")
                 return
+    black = next((i for i, (colour, _) in shades.items() if colour == written(0)), 0)
+    if black and 0 in shades:
+        found.notes.append(f"{shades[black][1]}: the id {black} is black, and 0 is {shades[0][0]}; if the "
+                           f"colours count and not the ids, {data.colours_remedy('replace the masks')}")
 
 
 def unused(data, pixels):
@@ -228,7 +233,7 @@ def masks_among_photographs(data, owners):
     copies.sort(key=lambda path: (not owner(owners, path), path))
     if copies:
         meant, place = owner(owners, copies[0]), f"into {data.folders[1]}/"
-        if {meant, copies[0].stem} & data.masks.keys():
+        if {meant, copies[0].stem} & data.masks.keys() or not any(map(looks_like_mask, copies)):
             place = "elsewhere"
         elif meant:
             place += f", this one as {meant}{copies[0].suffix}, and so on"
@@ -270,7 +275,8 @@ def photographs_left_out(data):
         yield unlisted, ("a photograph in val/ without a mask or not in val.txt, which is not used; add "
                          "what is lacking, or move such photographs to the training images")
     yield [data.images[name] for name in data.test], (
-        "a photograph in test/ or on test.txt, which is not trained on; evaluate.py takes a --list of them")
+        "a photograph in test/ or on test.txt, which is not trained on; evaluate.py takes a --list of them; "
+        "if it is no test set, call the folder otherwise")
     twins = twins_of(data)
     yield [*twins], (f"a validation image that is a training image under another name, here "
                      f"{short_list(twins.values(), 1)}; mIoU counts what was learnt by heart: keep one copy "
@@ -296,24 +302,31 @@ def unread(data, owners):
     """Yields files that are not read, by folder and suffix, and what to do with them."""
     (photographs, masks), groups = data.folders, {}
     used = {*data.images.values(), *data.masks.values()}
+    photographed = {path.with_suffix("") for path in data.images.values()}  # as a camera's raw file beside
     # Where files may be moved: into a subfolder, if those that are read are in subfolders (see files_in).
     new_image, new_mask = (min(files.values()).parent if files else folder
                            for files, folder in ((data.images, photographs), (data.masks, masks)))
     for path in walk(data.root, (f"{photographs}/", f"{masks}/")):
-        if path not in used and path.exists() and not SIDE_FILES.fullmatch(path.name):
+        if path not in used and path.exists() and not SIDE_FILES.fullmatch(path.name) and (
+                path.suffix.lower() in ANNOTATIONS or path.with_suffix("") not in photographed):
             groups.setdefault((path.parent, path.suffix.lower()), []).append(path)
     alike = Counter(path.stem for (_, suffix), paths in groups.items() for path in paths
                     if suffix in MASK_SUFFIXES)
     for (folder, suffix), paths in groups.items():
         parts = folder.relative_to(data.root).parts or ("",)
         among_images, among_masks = folder.is_relative_to(photographs), parts[0] in (*MASK_FOLDERS, OLD_MASKS)
-        fresh = [path for path in paths if among_images or data.masks.keys().isdisjoint(
+        named = any(map(MASK_FOLDER.fullmatch, parts))
+        lists = [path for path in paths if data.notes and re.match("(train)?val.*[.]txt$", path.name, re.I)]
+        if lists:
+            yield lists, (f"not read; if it lists the validation images, call it "
+                          f"{data.root / 'ImageSets/Segmentation/val.txt'}")
+        copies = not among_images and (among_masks or named or looks_like_mask(paths[0]))
+        fresh = [path for path in paths if not copies or data.masks.keys().isdisjoint(
             tails(name_in(data.root, path)))]
         if len(fresh) < len(paths) and among_masks and suffix in MASK_SUFFIXES:
             yield sorted({*paths} - {*fresh}), (f"not read, as {masks} has masks of the same names; move "
                                                 f"away those that are wrong or left over")
-        named = any(map(MASK_FOLDER.fullmatch, parts))
-        notes = suffix in (".json", ".xml", ".txt", ".csv") and (among_images or named and not data.masks)
+        notes = suffix in ANNOTATIONS and (among_images or named and not data.masks)
         if not (fresh and (among_images or among_masks or notes or suffix in IMAGE_SUFFIXES | HEIC_SUFFIXES)):
             continue
         meant, remedy = owner(owners, fresh[0]), "if they are photographs, convert them to JPEG"
@@ -329,7 +342,8 @@ def unread(data, owners):
         elif seem_masks:
             remedy = f"if they are masks, export them again, as PNGs, into {new_mask}/: those keep ids exact"
         elif suffix in IMAGE_SUFFIXES:
-            remedy = f"to train on them, move them into {new_image}/, each under a name of its own"
+            remedy = (f"if they are other photographs, to train on them, move them into {new_image}/, each "
+                      f"under a name of its own")
         elif notes:
             remedy = "masks are read, not annotations: export index PNGs of them"
         elif not suffix:

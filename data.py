@@ -154,12 +154,22 @@ def open_photograph(path):
 
 def upright(image):
     """An open Pillow image, turned as its EXIF says."""
-    if "exif" in image.info or image.format == "TIFF":  # of others, getexif decodes the image
+    # Of others getexif decodes the image. ImageMagick writes the EXIF of a PNG behind its pixels.
+    if ({"exif", "Raw profile type exif"} & image.info.keys() or image.format == "TIFF"
+            or image.format == "PNG" and b"eXIf" in end_of(image.filename, 1 << 17)):
         with suppress(Exception):  # an EXIF that cannot be read says nothing
             if image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9):
+                image.filename = ""  # else Pillow maps some TIFFs into memory with their sides exchanged
                 image.info.pop("exif", None)  # exif_transpose would write it anew, which may fail
                 return ImageOps.exif_transpose(image)
     return image
+
+
+def end_of(path, length):
+    """The last bytes of a file."""
+    with open(path, "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - length))
+        return file.read()
 
 
 def read_mask(path):
@@ -168,9 +178,13 @@ def read_mask(path):
     number r + 256 g + 65536 b."""
     with reading(path):
         if path.suffix.lower() == ".npy":
-            return whole_numbers(np.load(path)), None
+            pixels = np.load(path)
+            if pixels.dtype == np.uint8 and pixels.shape[2:] == (3,):
+                return None, colours_of(Image.fromarray(pixels))
+            return whole_numbers(pixels), None
         with Image.open(path) as opened:
-            if opened.format in ("JPEG", "MPO") or getattr(opened, "n_frames", 1) > 1:  # under any suffix
+            if ({opened.format, opened.info.get("compression")} & {"JPEG", "MPO", "jpeg"}  # under any suffix
+                    or getattr(opened, "n_frames", 1) > 1):
                 raise InputError(f"{path}: a JPEG, or of several pages; export it again, as a PNG")
             how, picture = str(opened.tile[:1]), upright(opened)
             if picture.mode in ("1", "L", "F") or picture.mode[0] == "I":
@@ -183,7 +197,13 @@ def read_mask(path):
                 return np.array(picture), colours_of(ramp)[0]
             if ";16" in how:  # Pillow keeps 8 of them
                 raise InputError(f"{path}: has channels of 16 bits; export it with 8 bits a channel")
-            return None, colours_of(picture)
+            colours = colours_of(picture)
+            if picture.mode in ("RGBA", "LA"):
+                hidden = np.array(picture.getchannel("A")) == 0
+                if hidden.any() and np.intersect1d(colours[hidden], colours[~hidden]).size:
+                    raise InputError(f"{path}: has transparent pixels, with a colour of others beneath; "
+                                     f"export it again, without transparency, with a colour for each class")
+            return None, colours
 
 
 def colours_of(picture):
@@ -196,7 +216,8 @@ def whole_numbers(pixels):
     signed = pixels.dtype.kind in "if"
     pixels = np.where(pixels == -1, IGNORE, pixels) if signed else pixels
     if pixels.ndim != 2 or pixels.max() > 65535 or signed and ((pixels < 0) | (pixels % 1 != 0)).any():
-        raise ValueError(f"not a whole number from 0 to 65535 a pixel, with {IGNORE} where there is no class")
+        raise ValueError(f"not a whole number from 0 to 65535 a pixel, with {IGNORE} where there is no "
+                         f"class, but {pixels.dtype} of shape {pixels.shape}")
     return pixels.astype(np.int64) if signed else pixels
 
 
@@ -268,8 +289,9 @@ def reading(path):
             if start[4:] == b"ftyp":
                 reason, remedy = "HEIC or AVIF", "convert it to JPEG"
             elif start[:2] in (b"II", b"MM"):
-                reason = "a TIFF of a kind that Pillow does not know, such as of 64 bits or three floats"
-                remedy = "save it again as uint8"
+                reason = ("a TIFF of a kind that Pillow does not know, such as of 64 bits, two channels or "
+                          "three floats")
+                remedy = "save it again as uint8, with one or three channels"
         wrong = f"cannot be read ({reason}); {remedy}"
     raise InputError(f"{path}: {wrong}")
 
@@ -465,9 +487,11 @@ def open_custom(root):
     folder, files = mask_files(root, MASK_FOLDERS if label_map else (OLD_MASKS, *MASK_FOLDERS))
     masks, notes = with_ids(folder, files, images), []
 
-    names = {image: name_in(photographs, path) for image, path in images.items()}
-    test = [image for image, name in names.items() if in_folder(name, TEST)]
-    held_out = [image for image, name in names.items() if in_folder(name, "val(id(ation)?)?")]
+    def images_in(pattern):  # those that are in such a folder, or whose masks are
+        return [name for name, path in images.items() if in_folder(name_in(photographs, path), pattern)
+                or name in masks and in_folder(name_in(folder, masks[name]), pattern)]
+
+    test, held_out = images_in(TEST), images_in("val(id(ation)?)?")
     listed = root / "ImageSets" / "Segmentation"
     lists = {path.name.lower(): path for path in sorted(listed.glob("*"))}
     test += read_list(lists["test.txt"], images) if "test.txt" in lists else []
@@ -512,7 +536,8 @@ def read_label_map(path):
         return {}
     lines = [line for line in map(str.strip, read_lines(path)) if line and line[0] != "#"]
     entries = [re.match(r"(.+?):\s*(\d+),\s*(\d+),\s*(\d+)\s*(:|$)", line) for line in lines]
-    labels = {tuple(map(int, entry.groups()[1:4])): entry[1].strip() for entry in entries if entry}
+    labels = {tuple(map(int, entry.groups()[1:4])): re.sub("(?i)^ignored?$", "ignore", entry[1].strip())
+              for entry in entries if entry}
     if not 0 < len(labels) == len(lines) or len({*labels.values()}) > IGNORE or max(map(max, labels)) > 255:
         raise InputError(f"{path}: not 1 to 255 lines of label:r,g,b:parts:actions, each of its own colour; "
                          f"fix it, or remove it if the masks hold class ids")
@@ -545,7 +570,8 @@ def read_class_names(path):
     while names and not names[-1]:
         names.pop()
     other = [name for name in ("classes.txt", "labels.txt", "codes.txt") if path.with_name(name).exists()]
-    comments = [name for name in names if re.match(r"#(\s|$)", name)]
+    no_names = [name for name in names if re.match(r"""#(\s|$)|[-"'\[\]{}]|.*[",:]$""", name)] + [
+        name for name in names[:1] if re.fullmatch("(?i)(class|label|name)s?([_ ]?names?)?", name)]
     twice = [name for name, count in Counter(names).items() if count > 1]
     matches = {i: match for i, name in enumerate(names) if (match := re.search(r"^\d+\b|\b\d+$", name))}
     numbers = [int(match[0]) for match in matches.values()]
@@ -557,7 +583,8 @@ def read_class_names(path):
             (not names, "missing or empty; write one class name a line, in the order of the ids"
                         + (f"; or rename {other[0]}, if it is that" if other else "")),
             ("__ignore__" in names, "__ignore__ is 255 in the masks, and no class; remove its line"),
-            (comments, f"'{short_list(comments, 1)}' would be the name of a class; remove this line"),
+            (no_names, f"'{short_list(no_names, 1)}' would be the name of a class; remove this line, or the "
+                       f"marks around the name"),
             (not all(names) or not 2 <= len(names) <= IGNORE,
              f"from 2 to {IGNORE} lines are needed, not {len(names)}: one class name a line, none of them "
              f"empty; a line's number, from 0, is its class id, and background is a class, too"),

@@ -190,8 +190,10 @@ def write_label_map(root):
             f"mkdir {links} && ln -s {quote(str(here))}/* {links}/ && "
             f"{command('prepare.py', 'custom', f'{here.name}-links', '--colours')}") from None
     if "?" in labels.values():
-        raise InputError(f"{label_map}: written, with the {len(colours)} colours of {folder}; put the name "
-                         f"of its class, or ignore, in place of each ?, and check it: "
+        ignored = [*labels.values()].count("ignore")
+        rest = f", {ignored} of them as ignore" if ignored else ""
+        raise InputError(f"{label_map}: written, with the {len(colours)} colours of {folder}{rest}; put the "
+                         f"name of its class, or ignore, in place of each ?, and check it: "
                          f"{command('prepare.py', 'custom', root)}")
     print(f"{label_map}: written", *(f"{written(colour):13} is {label}, {shares[colour]}"
                                      for colour, label in labels.items()), sep="\n")
@@ -228,7 +230,9 @@ def proposed_labels(colours, names):
     ids = {colour: min(ids) for colour, (_, _, ids) in colours.items() if len(ids) == 1 and None not in ids}
     shared = Counter(ids.values())  # an id of two colours may be two classes
     ids = {colour: i for colour, i in ids.items() if shared[i] == 1}
-    if 0 not in ids.values() or any(None in ids for _, _, ids in colours.values()):  # greys beside colours
+    # Greys beside colours are no ids, nor are the indices of a program that orders colours by itself.
+    if 0 not in ids.values() or any(None in ids for _, _, ids in colours.values()) or (
+            ids.get(BLACK) and colours.keys() != {BLACK, WHITE}):
         ids = {}
     labels = {colour: dict(enumerate(names)).get(ids.get(colour), "?") for colour in colours}
     rest = [colour for colour in colours if labels[colour] == "?"]

@@ -274,12 +274,6 @@ def black_is_background(root, said):
     write(root / "labelmap.txt", (root / "labelmap.txt").read_text() + "background:0,0,0\n")
 
 
-def export_with_colours(root, said):
-    said = paste(root, said)
-    assert "masks hold the colour (0,0,0) alone; export them again, with a colour for each class" in said
-    export_again(root, said)
-
-
 def move_masks(*names):
     return lambda root, said: [move(name, "elsewhere")(root, said) for name in names]
 
@@ -443,7 +437,19 @@ CASES = {
     "a mask of negative numbers": (both(folder(), lambda root: save(
         np.eye(32, 48, dtype=np.int32) - 2, root / "masks/p00.png", format="TIFF")),
         "p00.png: cannot be read .not a whole number from 0 to 65535 .*; replace or remove it", export_again),
-    "transparency": (folder(transparent), "p00.png: in colour", export_with_colours),
+    "transparency": (folder(transparent), "p00.png: has transparent pixels, with a colour of others bene",
+                     export_again),
+    "erased": (folder(lambda labels: Image.fromarray(np.dstack([
+        labels * 200, 0 * labels, 0 * labels, 255 * (np.arange(48) > 5) + 0 * labels]).astype(np.uint8))),
+        "p00.png: has transparent pixels.*; export it again, without transparency, with a colour for each",
+        export_again),
+    "JPEG in a TIFF": (both(folder(masked=5), lambda root: save(
+        scene(5)[1], root / "masks/p05.tif", compression="jpeg")),
+        "p05.tif: a JPEG, or of several pages; export it again, as a PNG", export_again),
+    "ids from 1, and a name to spare": (folder(grey(1, 2), names="meadow\ndisc\nwater"),
+                                        "mask holds meadow .the first name is that of the id 0., which will"),
+    "numbered objects": (folder(lambda labels: labels * np.arange(1, 49, dtype=np.uint8)),
+                         "p00.png.*, but .*; if they number objects, export masks of classes$", export_again),
     "two folders of masks": (both(folder(), folder(masks="SegmentationClass", masked=3)),
                              "masks/.* .one of 3.: not read, as .*/SegmentationClass has masks of"),
     "TIFF masks beside others": (
@@ -471,6 +477,12 @@ CASES = {
                   texts("class_names.txt", "background\nthing")),
     "numbered below a headline": (folder(names="id,name\n0,background\n1,thing"), "numbered 0, 1, but",
                                   texts("class_names.txt", "background\nthing")),
+    **{f"names in {kind}": (folder(names=text), rf"class_names.txt: '{line}.* would be the name of a class; "
+                            "remove this line, or the marks around the name",
+                            texts("class_names.txt", "background\nthing")) for kind, text, line in (
+        ("JSON", '["background",\n"thing"]', r'\["background",'), ("YAML", "- background\n- thing", "- back"),
+        ("a dict", "names:\nbackground\nthing", "names:"), ("quotes", "'background'\n'thing'", "'back"),
+        ("a column", "Class Name\nbackground\nthing", "Class Name"))},
     "numbered from 0": (folder(names="0 background\n1 thing"), None),
     "numbered behind the names": (folder(names="thing, 2\nbackground, 1"), "numbered 2, 1, but",
                                   texts("class_names.txt", "background\nthing")),
@@ -483,6 +495,8 @@ CASES = {
     "CVAT, background last": (cvat("thing:184,61,245::\nbackground:0,0,0::\n"), None),
     "CVAT, spaces": (cvat("background: 0, 0, 0 ::\nthing: 184, 61, 245\n"), None),
     "CVAT, capitals": (cvat("Background:0,0,0::\nthing:184,61,245::\n"), None),
+    "CVAT, Ignore": (cvat("Ignore:0,0,0::\nmeadow:0,128,0::\nthing:184,61,245::\n", (MEADOW, DISC)),
+                     "^   1 thing "),
     "CVAT, no background": (cvat("meadow:0,128,0::\nthing:184,61,245::\n", (MEADOW, DISC)), None),
     "CVAT, one class": (cvat("thing:184,61,245::\n"), "labelmap.txt: one class alone; let a line name",
                         black_is_background),
@@ -508,6 +522,7 @@ CASES = {
     # What lies there unused
     "HEIC among others": (files(HEIC, *(f"images/{i}.HEIC" for i in range(20))),
                           "0.HEIC .one of 20.: not read; .*convert them to JPEG"),
+    "HEIC beside its JPEG": (files(HEIC, "images/p00.HEIC", "images/p09.NEF"), None),
     "HEIC without a mask": (files(HEIC, *(f"images/{i}.HEIC" for i in range(9)), count=6),
                             "one of 9.: not read.*\nno unlabelled image", to_jpeg("images/*.HEIC"), paste),
     "HEIC called JPEG": (files(HEIC, "images/p09.jpg"), r"p09.jpg: .*\(HEIC or AVIF\); convert it to JPEG",
@@ -524,6 +539,9 @@ CASES = {
         both(train_and_val,
              folder(images="images/test", masks="masks/test", image="t{}.jpg", name="t{}.png")),
         "t0.jpg .one of 12.: a photograph in test/ or on test.txt, which .*; evaluate.py takes a --list of"),
+    "val/ of the masks alone": (both(folder(masked=4, masks="masks/train"), lambda root: [
+        save(scene(5)[1], root / "masks/val/p05.png"), save(scene(6)[1], root / "masks/test/p06.png")]),
+        "10 for training, 1 for validation$"),
     "val.txt and test.txt": (both(folder(), lists("p04 p11", "p05", ("test.txt", "val.txt"))),
                              "9 for training, 1 for validation$"),
     "val.txt names some of val/": (both(train_and_val, lists(val="v0 v1")),
@@ -750,6 +768,26 @@ NOTES = {
     "val/ without masks": (both(train_and_val, folder(images="images/val", masked=0, image="w{}.jpg")),
                            "one of 12.: a photograph in val/ without a mask or not in val.txt, which",
                            move("images/val/w*", "images/train")),
+    "black is another id than 0": (
+        folder(indexed((200, 0, 0), (0, 0, 0))), "p00.png: the id 1 is black, and 0 is .200,0,0.; if the",
+        lambda root, said: name_colours(c200_0_0="thing", c0_0_0="background")(
+            root, said.partition("\nnothing wrong")[0])),
+    "photographs elsewhere, of the names of masks": (
+        both(folder(), folder(images="more", masked=0, count=3)),
+        "more/.*jpg .one of 3.: not read; if they are other photographs, .*move them into .*/images/,",
+        move("more/*.jpg", "images", without("p", "more"))),
+    "overlays among photographs": (
+        both(folder(), folder(images="images", image="p{:02d}_overlay.jpg", masked=0)),
+        "p00_overlay.jpg .one of 12.: looks like a mask, .*; move such files elsewhere", move(
+            "images/*overlay*", "elsewhere")),
+    "a list that is not read": (
+        both(folder(), lists(val="p04 p05"), lambda root: shutil.move(root / LISTS / "val.txt", root)),
+        "val.txt: not read; if it lists the validation images, call it .*/ImageSets/Segmentation/val.txt$",
+        lambda root, said: shutil.move(root / "val.txt", root / LISTS)),
+    "test2 that is no test": (
+        both(folder(images="images/a"), folder(images="images/test2", image="q{}.jpg", masked=0)),
+        "if it is no test set, call the folder otherwise$",
+        lambda root, said: (root / "images/test2").rename(root / "images/b")),
     "upside down by EXIF": (both(folder(), lambda root: [
         save(scene(i)[0], root / f"images/p0{i}.jpg", exif=rotated(3)) for i in (0, 7)]),
         "p00.jpg: its EXIF turns it, and the size of its mask does not show .*; save the photograph as",

@@ -3,6 +3,7 @@
 import os
 import shlex
 import subprocess
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -254,6 +255,37 @@ def test_photographs_are_turned_upright_as_their_exif_says(tmp_path):
     assert np.array_equal(found.labels("im0")[0], labels) and problems(found, found.labelled, []) == []
     Image.fromarray(photograph()).save(root / "JPEGImages" / "im0.jpg", exif=exif)
     assert "upright, as its EXIF says" in problems(found, found.labelled, [])[0]
+
+
+def test_an_exif_behind_the_pixels_of_a_png_counts(tmp_path):  # where ImageMagick writes it
+    exif, upright = Image.Exif(), photograph()
+    exif[0x0112] = 6
+    chunk = b"eXIf" + exif.tobytes().removeprefix(b"Exif\0\0")
+    chunk = (len(chunk) - 4).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
+    save(tmp_path / "phone.png", np.rot90(upright))
+    content = (tmp_path / "phone.png").read_bytes()
+    (tmp_path / "phone.png").write_bytes(content[:-12] + chunk + content[-12:])
+    assert np.array_equal(data.open_photograph(tmp_path / "phone.png"), upright)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+def test_a_turned_tiff_is_not_scrambled(tmp_path, mode):
+    grey = Image.fromarray(photograph()[..., 0])
+    turned = grey.transpose(Image.Transpose.ROTATE_90).convert(mode)
+    turned.save(tmp_path / "scan.tif", tiffinfo={0x112: 6})
+    assert np.array_equal(data.open_photograph(tmp_path / "scan.tif").convert("L"), grey)
+
+
+def test_a_mask_in_colour_may_be_an_array(tmp_path):
+    root = custom(tmp_path)
+    (root / "SegmentationClass" / "im0.png").unlink()
+    (root / "labelmap.txt").write_text("sky:0,0,0\nroad:9,0,200\n")
+    labels = np.eye(12, 16, dtype=np.uint8)
+    np.save(root / "SegmentationClass" / "im0.npy", labels[..., None] * np.uint8([9, 0, 200]))
+    assert np.array_equal(open_data("custom", root).labels("im0")[0], labels)
+    np.save(root / "SegmentationClass" / "im0.npy", labels[None])
+    with pytest.raises(InputError, match=r"where there is no class, but uint8 of shape \(1, 12, 16\)\)"):
+        open_data("custom", root).labels("im0")
 
 
 def test_the_blended_voc_partitions_are_a_rule():

@@ -506,13 +506,15 @@ LAST_IS_VOID = {f"{k},{k},{k}": name for k, name in enumerate("abcde")} | {"5,5,
     (left_and_right, "abc", {"0,0,0": "a", "128,128,128": "?", "255,255,255": "?"}),
     (coloured((0, 0, 0), (128, 0, 0)), "ab", {"0,0,0": "?", "128,0,0": "?"}),
     (coloured((0, 0, 0), (1, 1, 1)), "ab", {"0,0,0": "a", "1,1,1": "b"}),
-    (indexed((9, 0, 0), (0, 0, 0)), "ab", {"9,0,0": "a", "0,0,0": "b"}),
+    (indexed((9, 0, 0), (0, 0, 9)), "ab", {"9,0,0": "a", "0,0,9": "b"}),
+    (indexed((9, 0, 0), (0, 0, 0)), "ab", {"9,0,0": "?", "0,0,0": "?"}),  # in an order of a program's
     (grey(0, 7), "ab", {"0,0,0": "a", "7,7,7": "?"}),
     (lambda labels: np.add.outer(np.arange(32), np.arange(48)).astype(np.uint8) * 3, "ab", None)])
 def test_what_is_not_known_of_a_colour_is_asked(tmp_path, mask, names, expected):
     proposed, said = proposal(tmp_path, mask, names)
     if expected is None:  # shades without end: the two most frequent are asked for
         assert sorted(proposed.values()) == ["?"] * 2 + ["ignore"] * (len(proposed) - 2)
+        assert f"colours of {tmp_path}/masks, {len(proposed) - 2} of them as ignore; put the name" in said
     else:
         assert proposed == expected
     again = report("--dataset", "custom", "--data-root", tmp_path, "--colours")[2]
