@@ -13,14 +13,14 @@ from data import (HEIC_SUFFIXES, IGNORE, IMAGE_SUFFIXES, MASK_FOLDERS, MASK_SUFF
                   end_of, looks_like_mask, name_in, one_of, reading, short_list, tails, walk, written)
 from ranks import progress
 
-# Not pictures: files of operating systems, and of programs that note where a picture was taken.
+# Files of operating systems, of programs that note where a picture was taken, and predict.py's overlays.
 SIDE_FILES = re.compile(r"thumbs\.db|.*\.ini|icon\r|.*:zone\.identifier|"
-                        r".*\.(?:[a-z]{1,2}[gf]wx?|wld|ovr|prj|aux\.xml|aae|xmp|thm)", re.I)
+                        r".*\.(?:[a-z]{1,2}[gf]wx?|wld|ovr|prj|aux\.xml|aae|xmp|thm)|.*_overlay\.png", re.I)
 # Names of folders and files of masks, as Segments.ai, Cityscapes, fastai, nnU-Net and others give them.
 MASK_FOLDER = re.compile(r"(?:.*[-_ ]|train|val|test)?(?:masks?|labels?|gts?|segm?\w*|ann(?:ot(?:ation)?s?)?|"
                          r"ground.?truths?)(?:[-_ ].*|tr|ts|ids|\d*)", re.I)
 MASK_ENDING = re.compile(r"(?:[-_. ]*(?:masks?|labels?\w*|gt\w*|seg\w*|annot\w*|ground.?truth|colou?red|"
-                         r"overlays?|vi[sz]\w*|preview|png|jpe?g)|[-_. ](?-i:[PL]))+$", re.I)
+                         r"overlays?|png|jpe?g)|[-_. ](?-i:[PL]))+$", re.I)
 ANNOTATIONS = (".json", ".xml", ".txt", ".csv")
 IMAGE_ENDING = re.compile(r"(?:[-_. ]*(?:img|images?|photo|rgb|sat|leftImg8bit)|_0000)+$", re.I)
 
@@ -180,8 +180,8 @@ def check_ids(data, found):
         remedy = (f"if {names_file} lacks a name, add it: the first line is the name of id 0, the next of "
                   f"id 1, and so on; if {C} is what nobody annotated, {colours}")
     else:
-        remedy = (f"if these are class ids, write a name for each id, from 0, into {names_file}; if they are "
-                  f"grey levels or colours, {colours}; if they number objects, export masks of classes")
+        remedy = (f"if these are class ids, write a name for each id, from 0, into {names_file}; if they "
+                  f"number objects, export masks of classes; if they are grey levels or colours, {colours}")
     found.problems.append(f"{one_of(files)}: holds the ids {short_list(ids)}, but there are {C} classes "
                           f"(0 to {C - 1}); {remedy}")
 
@@ -308,7 +308,8 @@ def unread(data, owners):
                            for files, folder in ((data.images, photographs), (data.masks, masks)))
     for path in walk(data.root, (f"{photographs}/", f"{masks}/")):
         if path not in used and path.exists() and not SIDE_FILES.fullmatch(path.name) and (
-                path.suffix.lower() in ANNOTATIONS or path.with_suffix("") not in photographed):
+                path.suffix.lower() in (*ANNOTATIONS, *MASK_SUFFIXES)
+                or path.with_suffix("") not in photographed):
             groups.setdefault((path.parent, path.suffix.lower()), []).append(path)
     alike = Counter(path.stem for (_, suffix), paths in groups.items() for path in paths
                     if suffix in MASK_SUFFIXES)

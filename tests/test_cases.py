@@ -449,7 +449,7 @@ CASES = {
     "ids from 1, and a name to spare": (folder(grey(1, 2), names="meadow\ndisc\nwater"),
                                         "mask holds meadow .the first name is that of the id 0., which will"),
     "numbered objects": (folder(lambda labels: labels * np.arange(1, 49, dtype=np.uint8)),
-                         "p00.png.*, but .*; if they number objects, export masks of classes$", export_again),
+                         "p00.png.*, but .*; if they number objects, export masks of classes;", export_again),
     "two folders of masks": (both(folder(), folder(masks="SegmentationClass", masked=3)),
                              "masks/.* .one of 3.: not read, as .*/SegmentationClass has masks of"),
     "TIFF masks beside others": (
@@ -522,6 +522,8 @@ CASES = {
     # What lies there unused
     "HEIC among others": (files(HEIC, *(f"images/{i}.HEIC" for i in range(20))),
                           "0.HEIC .one of 20.: not read; .*convert them to JPEG"),
+    "arrays among photographs": (files(b"", "images/p00.npy", "images/p09.npy"),
+                                 "p00.npy .one of 2.: not read"),
     "HEIC beside its JPEG": (files(HEIC, "images/p00.HEIC", "images/p09.NEF"), None),
     "HEIC without a mask": (files(HEIC, *(f"images/{i}.HEIC" for i in range(9)), count=6),
                             "one of 9.: not read.*\nno unlabelled image", to_jpeg("images/*.HEIC"), paste),
@@ -561,6 +563,8 @@ CASES = {
     "train.txt of labelled images": (both(folder(), lists("p00 p01 p02", "p04 p05")),
                                      "p03.jpg .one of 7.: a photograph on no list.*\nno unlabelled",
                                      texts(f"{LISTS}/train.txt", "p00\np01\np02\np07\np08\n")),
+    "predictions": (both(folder(), folder(images="predictions", image="p{:02d}_overlay.png", count=6,
+                                          masks="predictions")), None),
     "hidden files": (files(b"\0\5\x16\7" + bytes(99), "images/.DS_Store", "images/._p00.jpg",
                            "masks/._p00.png", "masks/Thumbs.db", "images/desktop.ini"), None),
     "files beside photographs": (files(
