@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from PIL import Image
 
 from data import (HEIC_SUFFIXES, IGNORE, IMAGE_SUFFIXES, MASK_FOLDERS, MASK_SUFFIXES, OLD_MASKS, InputError,
@@ -61,8 +62,9 @@ def check_data(data, labelled, unlabelled, supervised=False):
     elif not data.val:
         lacks = "no validation image; complete the data set, with leftImg8bit/val/ and gtFine/val/"
     elif not unlabelled and not supervised:
+        small = [] if torch.cuda.is_available() else ["--small"]
         lacks = (f"no unlabelled image is left; add images without masks, train with --supervised, or leave "
-                 f"the masks of half of them out: {data.command('train.py', '--split', '1_2')}")
+                 f"the masks of half of them out: {data.command('train.py', '--split', '1_2', *small)}")
     if lacks:
         found.problems += [*lines, lacks]
     else:
@@ -146,7 +148,8 @@ def check_classes(data, part, names, needed, found):
     held = [label for label, count in zip(data.classes, pixels) if count]
     absent = [label for label in data.classes if label not in held]
     if names and len(held) < needed:
-        what, remedy = f"{held[0]} alone" if held else "nothing", "add masks of other classes"
+        what = f"{held[0]} alone" if held else "nothing"
+        remedy = "add masks of other classes" if held else "annotate them, or move such masks elsewhere"
         if pixels[IGNORE]:
             what += f", beside {IGNORE}, which is ignored"
         if pixels[IGNORE] and held:
@@ -262,8 +265,8 @@ def masks_of_one_class(data, pixels):
            f"a mask of one class alone, beside {IGNORE}, which is ignored; if {IGNORE} is a class in such "
            f"masks, export them again, with its id")
     yield ([path for path, ids in held.items() if len(ids) == 1],
-           f"a mask of one class, or {IGNORE}, alone; if nobody annotated it, move such masks elsewhere: "
-           f"their images are unlabelled then")
+           f"a mask of one class, or {IGNORE}, alone; if nobody annotated it, move such masks out of "
+           f"{data.root}: their images are unlabelled then")
 
 
 def photographs_left_out(data):
@@ -323,7 +326,7 @@ def unread(data, owners):
                           f"{data.root / 'ImageSets/Segmentation/val.txt'}")
         copies = not among_images and (among_masks or named or looks_like_mask(paths[0]))
         fresh = [path for path in paths if not copies or data.masks.keys().isdisjoint(
-            tails(name_in(data.root, path)))]
+            (owner(owners, path), *tails(name_in(data.root, path))))]
         if len(fresh) < len(paths) and among_masks and suffix in MASK_SUFFIXES:
             yield sorted({*paths} - {*fresh}), (f"not read, as {masks} has masks of the same names; move "
                                                 f"away those that are wrong or left over")

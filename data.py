@@ -276,7 +276,8 @@ def reading(path):
     except UnicodeError:
         wrong = "not UTF-8; save it as UTF-8"
     except PermissionError as error:
-        allow = shlex.join(["chmod", "-R", "u+rwX", str(path)])
+        folder = path if os.path.isdir(path) else Path(path).parent  # one command for all files in it
+        allow = shlex.join(["chmod", "-R", "u+rwX", str(folder)])
         wrong = f"cannot be read ({error.strerror}); allow it: {allow}"
     except Image.DecompressionBombError:
         limit = 2 * Image.MAX_IMAGE_PIXELS // 10 ** 6
@@ -408,16 +409,25 @@ def open_data(dataset, root=None):
         return Shapes()
     root = Path(root)
     if not os.path.isdir(root):  # Path.is_dir raises where a folder above cannot be read
-        remedy = {"voc": f", or download it: {command('prepare.py', 'voc', root, '--download')}",
-                  "cityscapes": ", with leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip from "
-                                "cityscapes-dataset.com unpacked in it"}
+        child = {"custom": "", "cityscapes": "leftImg8bit"}.get(dataset, "JPEGImages")
         raise InputError(f"--data-root {root}: no such folder; give the folder of {dataset}"
-                         + remedy.get(dataset.removesuffix("_classic"), ""))
-    opened = {"cityscapes": open_cityscapes, "custom": open_custom}.get(dataset, open_voc)(root)
+                         + whence(root, child))
+    try:
+        opened = {"cityscapes": open_cityscapes, "custom": open_custom}.get(dataset, open_voc)(root)
+    except OSError as error:
+        with reading(error.filename or root):
+            raise
     opened.dataset, opened.root = dataset, root
     if dataset == "voc":
         opened.labelled = opened.train
     return opened
+
+
+def whence(root, child):
+    """Where the data set comes from that has this folder, for a message."""
+    return {"JPEGImages": f", or download it: {command('prepare.py', 'voc', root, '--download')}",
+            "leftImg8bit": ", with leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip from "
+                           "cityscapes-dataset.com unpacked in it"}.get(child, "")
 
 
 def find_folder(root, child):
@@ -425,7 +435,8 @@ def find_folder(root, child):
     for parent in (".", "VOC2012", "VOCdevkit/VOC2012", "cityscapes", ".."):
         if os.path.isdir(root / parent / child):
             return root / parent
-    raise InputError(f"--data-root {root}: no folder {child}/ in it; give the folder that holds it")
+    raise InputError(f"--data-root {root}: no folder {child}/ in it; give the folder that holds it"
+                     + whence(root, child))
 
 
 def open_voc(root):
@@ -445,7 +456,8 @@ def open_voc(root):
         raise InputError(f"{root / BLENDED_MASKS}: no masks; the blended training set needs SBD's: "
                          f"{command('prepare.py', 'voc', root, '--download')}")
     train = sorted({*blended, *voc_train} - {*val})
-    images = {name: root / "JPEGImages" / f"{name}.jpg" for name in train + val}
+    photographs = stems(root / "JPEGImages", (".jpg",))
+    images = {name: photographs[name] for name in train + val if name in photographs}
     return SegmentationData(VOC_CLASSES, voc_palette(21), images, blended | own, train, val, voc_train)
 
 
@@ -651,7 +663,7 @@ def split_ids(data, dataset, split):
         if unknown:
             raise InputError(f"--split {split}: not in {dataset}'s training set ({len(unknown)}): "
                              f"{short_list(unknown)}; take those of validation images off the list, or "
-                             f"complete the data")
+                             f"put the others among the training images")
     else:
         raise InputError(f"--split {split}: {dataset} has no such split and there is no such file; "
                          f"give one of {', '.join(SPLITS)}, or a list of ids")

@@ -9,6 +9,7 @@ starts anew. The user's own files are never changed.
 """
 
 import argparse
+import errno
 import os
 import shutil
 import sys
@@ -69,17 +70,19 @@ def make_blended_masks(root):
     lists = [f"ImageSets/Segmentation/{part}.txt" for part in ("train", "val")]
     train, val = map(data.read_list, demand(voc, lists))
     demand(voc, [f"SegmentationClass/{name}.png" for name in train + val])
-    sbd = unpacked(root, "benchmark_RELEASE", SBDataset.url, SBDataset.filename, SBDataset.md5) / "dataset"
-    ids = sorted({*train}.union(*map(data.read_list, demand(sbd, ["train.txt", "val.txt"]))) - {*val})
+    sbd = unpacked(root, "benchmark_RELEASE", SBDataset.url, SBDataset.filename, SBDataset.md5)
+    lists = demand(sbd, ["dataset/train.txt", "dataset/val.txt"])
+    ids = sorted({*train}.union(*map(data.read_list, lists)) - {*val})
     demand_all(ids, sbd)
     own = data.stems(voc / "SegmentationClass")
     demand(voc, [f"JPEGImages/{name}.jpg" for name in ids])
-    demand(sbd, [f"cls/{name}.mat" for name in ids if name not in own])
+    demand(sbd, [f"dataset/cls/{name}.mat" for name in ids if name not in own])
 
     folder, colours = voc / f"{data.BLENDED_MASKS}.part", np.array(data.voc_palette(256), np.uint8).tobytes()
     folder.mkdir(exist_ok=True)
     for name in progress(ids, "masks written"):
-        path, mask, part = own.get(name, sbd / f"cls/{name}.mat"), folder / f"{name}.png", folder / name
+        path = own.get(name, sbd / f"dataset/cls/{name}.mat")
+        mask, part = folder / f"{name}.png", folder / name
         if mask.exists():
             continue
         with reading(path):  # scipy has a dozen kinds of errors for a damaged file
@@ -146,6 +149,8 @@ def fetch(url, archive, md5):
             for some in progress(megabytes, "MB", int(response.headers["Content-Length"] or 0) >> 20):
                 file.write(some)
     except (OSError, HTTPException) as error:
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            raise
         raise InputError(f"{url}: cannot be fetched ({error}); {remedy}") from None
     if not check_integrity(part, md5):
         raise InputError(f"{archive}: truncated, or another file, as {url} gave it (its md5 is not {md5}); "
@@ -164,8 +169,8 @@ def write_label_map(root):
         return
     folder, files = data.mask_files(root)
     if not files:
-        raise InputError(f"{root}: no masks in {'/, '.join(data.MASK_FOLDERS)}/; give the folder that holds "
-                         f"one of them as --data-root")
+        raise InputError(f"{root}: no masks in {'/, '.join(data.MASK_FOLDERS)}/; put masks there, as "
+                         f"PNGs, or give the folder that holds one of them as --data-root")
     colours = find_colours(files)
     if len(colours) == 1:
         raise InputError(f"{folder}: its masks hold the colour {written(*colours)} alone; export them again, "

@@ -88,7 +88,7 @@ class Run:
             if state and not {"iteration", "optimizer"} <= state.keys():
                 raise InputError(f"{found}: not the last checkpoint of this run; give another --out")
             if state:
-                self.compare(state)
+                self.compare(state, found)
             if state and state["optimizer"] is None:  # a best.pth
                 if (found == last or state["iteration"] > state["settings"]["checkpoint_every"]
                         or (self.folder / "result.txt").exists()):  # so there was a last.pth
@@ -107,7 +107,7 @@ class Run:
             raise InputError(f"--out {self.folder}: cannot be used ({error.strerror}); {remedy}") from None
         return state
 
-    def compare(self, state):
+    def compare(self, state, found):
         """Refuse the checkpoint of another run; say which differences are allowed."""
         old, new = state["settings"], vars(self.args)
         same, notes, remedy = set(FREE), [], "give another --out"
@@ -123,15 +123,16 @@ class Run:
         more = {name: {*ids} - {*before[name]} for name, ids in self.lists.items()}
         changed += [f"more {name} images ({len(added)})" for name, added in more.items() if added]
         if any(more.values()) and self.args.dataset == "custom":
-            remedy += (f"; where images were removed, keep the lists: --split {self.folder}/labelled.txt, "
-                       f"and {self.folder}/val.txt in ImageSets/Segmentation/")
+            remedy += (f"; where images were removed, keep the lists, without these: --split "
+                       f"{shlex.quote(f'{self.folder}/labelled.txt')}, and {self.folder}/val.txt in "
+                       f"ImageSets/Segmentation/")
         for name, ids in self.lists.items():
             if gone := sorted({*before[name]} - {*ids}):
                 notes.append(f"{name} images are gone ({len(gone)}: {short_list(gone)}): from iteration "
                              f"{state['iteration']} on, the run uses the {len(ids)} that are left")
         if state["iteration"] == old["iters"] and all(c.startswith(("epochs ", "iters ")) for c in changed):
-            remedy = (f"it is finished; to train on from its weights, add --weights {self.folder}/last.pth "
-                      f"--out {self.folder}-2")
+            remedy = ("it is finished; to train on from its weights, add "
+                      + shlex.join(["--weights", str(found), "--out", f"{self.folder}-2"]))
         if changed:
             raise InputError(f"--out {self.folder}: holds a run with other settings "
                              f"({short_list(changed, 5)}); {remedy}")
@@ -278,7 +279,8 @@ class Run:
         for log in LOGS if rank() == 0 else ():
             path, size = self.folder / log, sizes.get(log, 0)
             if path.exists() and path.stat().st_size > size:
-                os.truncate(path, size)
+                with writing(path):
+                    os.truncate(path, size)
 
     def save(self, name, done):
         """Write a checkpoint, on rank 0; an error there is raised on all ranks."""

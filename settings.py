@@ -5,6 +5,7 @@ flag says otherwise.
 """
 
 import argparse
+import math
 import os
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -18,8 +19,8 @@ from ranks import say, world_size
 # A range: how a message says it, and whether a value lies in it.
 ANY = "", lambda v: True
 COUNT = "at least 1", lambda v: v >= 1
-NOT_NEGATIVE = "at least 0", lambda v: v >= 0
-POSITIVE = "above 0", lambda v: v > 0
+NOT_NEGATIVE = "at least 0, and finite", lambda v: 0 <= v < math.inf
+POSITIVE = "above 0, and finite", lambda v: 0 < v < math.inf
 PROBABILITY = "a probability, 0 to 1", lambda v: 0 <= v <= 1
 BELOW_1 = "at least 0 and below 1", lambda v: 0 <= v < 1
 PAIR = "BatchNorm needs two images or more", lambda v: v >= 2
@@ -217,7 +218,8 @@ def take_from_checkpoint(args, given):
     except Exception:  # no checkpoint of train.py: the network says what else it can take
         return
     trained = {name: trained[name] for name in FROM_CHECKPOINT if name in trained}
-    taken = {name: value for name, value in trained.items() if name not in given}
+    asked = {*given, *(("image_size", "crop_size") if args.small else ())}
+    taken = {name: value for name, value in trained.items() if name not in asked}
     differ = {name: value for name, value in trained.items() if given.get(name, value) != value}
     vars(args).update(taken)
     if taken:

@@ -28,7 +28,6 @@ import sys
 import time
 import warnings
 from contextlib import closing, nullcontext
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -265,7 +264,7 @@ def build_networks(args, num_classes, device):
     The pretrained weights are read on rank 0 alone; all ranks start with its weights and buffers.
     """
     def build():
-        fresh = rank() == 0 and not (Path(args.out) / "last.pth").exists()  # else the weights come from there
+        fresh = rank() == 0 and not os.path.exists(f"{args.out}/last.pth")  # else the weights come from there
         try:
             return DeepLabV3Plus(num_classes, args.backbone, args.output_stride, args.channels,
                                  args.weights if fresh else None, args.aux, args.multi_grid)
@@ -301,7 +300,8 @@ def demand_fit_data(args, data, labelled, unlabelled):
     if found.problems:
         first, *more = found.problems
         if more:
-            first += f" (and {len(more)} more: {data.command('prepare.py')})"
+            split = ["--split", args.split] if args.split else []
+            first += f" (and {len(more)} more: {data.command('prepare.py', *split)})"
         raise InputError(first)
     return found.notes
 

@@ -12,6 +12,7 @@ import shlex
 import shutil
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,10 +21,12 @@ from PIL import Image
 import evaluate
 import predict
 import prepare
+import settings
 import train
 from data import open_data, open_photograph
 from settings import parse_arguments
-from test_run_folder import Small
+from test_data import custom
+from test_run_folder import Small, run, small  # noqa: F401 (a fixture)
 
 TINY = ("--backbone resnet18 --channels 16 --crop-size 32 --batch-size 2 --iters 2 --weights none "
         "--workers 0").split()
@@ -334,6 +337,16 @@ def folders_and_names(root, said):
     move("masks/*", "masks", without("_gt", "_img"))(root, said)
 
 
+def nothing_to_validate_by_draw(root):
+    folder(count=30)(root)
+    drawn, = open_data("custom", root).val
+    save(np.full((32, 48), 255, np.uint8), root / f"masks/{drawn}.png")
+
+
+def without_mask(root, said):
+    shutil.move(re.search("the validation masks, (.*) for one", said)[1], root / "elsewhere.png")
+
+
 # name: (how the folder is made, what is said of it (None: nothing), the remedy followed, another remedy)
 CASES = {
     "good": (folder(), None),
@@ -461,6 +474,15 @@ CASES = {
     "nothing to validate": (both(folder(), lists(val="p05"), lambda root: save(
         np.full((32, 48), 255, np.uint8), root / "masks/p05.png")), "the validation masks.* hold nothing",
         export_again),
+    "nothing to validate, by draw": (nothing_to_validate_by_draw, "the validation masks, .* hold nothing",
+                                     without_mask),
+    "a name for each id": (folder(grey(0, 3)), "if these are class ids, write a name for each id, from 0,",
+                           texts("class_names.txt", "a\nb\nc\nd\n")),
+    "one of several is kept": (
+        lambda root: one_class_each(root, "p{:02d}_{}.png"), "else keep one of them, under that",
+        lambda root, said: [move("masks/*_background.png", "elsewhere")(root, said),
+                            move("masks/*", "masks", lambda name: name.replace("_thing", ""))(root, said),
+                            texts("labelmap.txt", "background:0,0,0\nthing:255,255,255")(root, said)]),
     # Class lists
     "__ignore__": (folder(names="__ignore__\n_background_\nthing"), "__ignore__ is 255",
                    texts("class_names.txt", "_background_\nthing")),
@@ -781,9 +803,9 @@ NOTES = {
         "more/.*jpg .one of 3.: not read; if they are other photographs, .*move them into .*/images/,",
         move("more/*.jpg", "images", without("p", "more"))),
     "overlays among photographs": (
-        both(folder(), folder(images="images", image="p{:02d}_overlay.jpg", masked=0)),
-        "p00_overlay.jpg .one of 12.: looks like a mask, .*; move such files elsewhere", move(
-            "images/*overlay*", "elsewhere")),
+        both(folder(), lambda root: [save(scene(i)[0], root / f"images/p0{i}_overlay.jpg") for i in (8, 9)]),
+        "p08_overlay.jpg .one of 2.: looks like a mask, .*; move such files elsewhere",
+        move("images/*overlay*", "elsewhere")),
     "a list that is not read": (
         both(folder(), lists(val="p04 p05"), lambda root: shutil.move(root / LISTS / "val.txt", root)),
         "val.txt: not read; if it lists the validation images, call it .*/ImageSets/Segmentation/val.txt$",
@@ -800,6 +822,28 @@ NOTES = {
         save(scene(i, (32, 32))[0], root / f"images/p0{i}.jpg", exif=rotated(6)) for i in range(2)]),
         "p00.jpg .one of 2.: its EXIF turns it", lambda root, said: [
             save(scene(i, (32, 32))[0], root / f"images/p0{i}.jpg") for i in range(2)]),
+    "photographs in a subfolder": (
+        both(folder(), folder(count=3, masked=0, images="images/more", image="m{}.jpg")),
+        "images/more/.*jpg .one of 3.: not read; .*move them into .*images/,",
+        move("images/more/*", "images")),
+    "no suffix": (both(folder(), lambda root: (root / "images/p09.jpg").rename(root / "images/p09")),
+                  "p09: not read; .*call this one p09.jpg", move("images/p09", "images", "{}.jpg".format)),
+    "0 and 255 among others": (both(folder(), lambda root: save(scene(4)[1] * 255, root / "masks/p04.png")),
+                               "p04.png: a mask of one class alone, beside 255, .* export them again, with",
+                               export_again),
+    "two folders of masks": (
+        both(folder(), folder(masks="SegmentationClass", masked=3)),
+        "masks/p00.png .one of 3.: not read, as .*/SegmentationClass has masks of the same names; move away",
+        lambda root, said: [(root / f"masks/p{i:02d}.png").unlink() for i in range(3)]),
+    "masks in a second folder": (
+        both(folder(), folder(masks="SegmentationClass", masked=3)),
+        "masks/p03.png .one of 3.: not read; if they are masks, move them into .*/SegmentationClass/$",
+        lambda root, said: [(root / f"masks/p{i:02d}.png").rename(root / f"SegmentationClass/p{i:02d}.png")
+                            for i in range(3, 6)]),
+    "val.txt names some of val/": (
+        both(train_and_val, lists(val="v0 v1")),
+        "v2.jpg: a photograph in val/ without a mask or not in val.txt, which is not used; add what is",
+        texts(f"{LISTS}/val.txt", "v0\nv1\nv2\n")),
 }
 
 
@@ -813,6 +857,75 @@ def test_a_note_is_followed(tmp_path, name):
     remedy(tmp_path, said)
     code, said = check(*arguments)
     assert code == 0 and not re.search(pattern, said, re.MULTILINE), said
+
+
+@pytest.mark.parametrize("masks, end", [("labels", "_L"), ("old", "_mask")])
+def test_no_note_has_a_mask_overwritten(tmp_path, masks, end):
+    both(folder(), folder(masks=masks, name=f"p{{:02d}}{end}.png"))(tmp_path)
+    code, said = check("--dataset", "custom", "--data-root", tmp_path)
+    assert code == 0
+    for place, name in re.findall(r"move (?:them|such files) into (\S+)/, this one as (\S+\.png)", said):
+        assert not Path(place, name).exists(), said
+
+
+def test_half_of_the_masks_are_left_out_of_the_run_that_was_asked_for(tmp_path, monkeypatch, small):  # noqa: F811
+    monkeypatch.setattr(settings, "machine_memory", lambda: 16.0)
+    folder(count=8, masked=8)(tmp_path / "my data")
+    given = ["--dataset", "custom", "--data-root", str(tmp_path / "my data"), "--small", "--weights", "none",
+             "--iters", "1"]
+    code, _, err = run(*given, "--out", tmp_path / "run")
+    remedy = shlex.split(err.strip().rpartition("leave the masks of half of them out: ")[2])
+    assert code == 2 and remedy[:2] == ["python", "train.py"]
+    code, _, err = run(*remedy[2:], "--weights", "none", "--iters", 1, "--out", tmp_path / "run")
+    assert code == 0, err
+
+
+FOLLOWED = {  # name: ({file: its text}, the flags, what is said, {file: its text, as the remedy has it})
+    "image missing": ({f"{LISTS}/train.txt": "im0\nim1\nim7\nx1\n"}, "", "missing .1.: x1; .* fix the list",
+                      {f"{LISTS}/train.txt": "im0\nim1\nim7\n"}),
+    "no mask": ({"list.txt": "im0\nim8\n"}, "--split {}/list.txt", "no mask .1.: im8; .*take them off the",
+                {"list.txt": "im0\n"}),
+    "twice": ({"list.txt": "im0\nim1\nim0\n"}, "--split {}/list.txt", "im0; keep one line of each",
+              {"list.txt": "im0\nim1\n"}),
+    "empty": ({f"{LISTS}/val.txt": "# none\n"}, "", "val.txt: is empty; write one id per line",
+              {f"{LISTS}/val.txt": "im5\n"}),
+    "val among train": ({f"{LISTS}/train.txt": "im0\nim4\nim7\n"}, "", "im4; keep each in one list",
+                        {f"{LISTS}/train.txt": "im0\nim7\n"}),
+    "val among labelled": ({"list.txt": "im0\nim5\n"}, "--split {}/list.txt", "im5; take th.* off the list",
+                           {"list.txt": "im0\n"}),
+    "unlisted": ({f"{LISTS}/train.txt": "im0\nim1\nim7\n", "list.txt": "im0\nim2\n"}, "--split {}/list.txt",
+                 "training set .1.: im2; .*put the others among the training images",
+                 {f"{LISTS}/train.txt": "im0\nim1\nim2\nim7\n"}),
+    "blank line": ({"class_names.txt": "sky\n\nroad\n"}, "", "none of them empty",
+                   {"class_names.txt": "sky\nroad\n"}),
+}
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_a_list_is_mended_as_the_line_says(tmp_path, small, name):  # noqa: F811
+    spoilt, flags, said, mended = FOLLOWED[name]
+    root = custom(tmp_path / "data")
+    flags = ["--dataset", "custom", "--data-root", root, *TINY, "--out", tmp_path / "out",
+             *flags.format(root).split()]
+    for code, texts_of in ((2, spoilt), (0, mended)):
+        for file, text in texts_of.items():
+            (root / file).write_text(text)
+        found, _, err = run(*flags)
+        assert found == code and (code == 0 or re.search(said, err)), err
+
+
+def test_the_command_for_the_other_problems_names_them_all(tmp_path, small):  # noqa: F811
+    root = custom(tmp_path / "my data", images=20, masks=20)
+    (root / "list.txt").write_text("im0\nim1\n")
+    (root / f"{LISTS}/train.txt").write_text("im0\nim1\nim2\nim3\nx1\n")
+    for i in (0, 1):
+        (root / f"SegmentationClass/im{i}.png").unlink()
+    code, _, err = run("--dataset", "custom", "--data-root", root, *TINY, "--split", root / "list.txt",
+                       "--out", tmp_path / "out")
+    first, more, command = re.search(r"train.py: (.*) \(and (\d) more: (python .*)\)$", err.strip()).groups()
+    said = check(*shlex.split(command)[2:])[1].splitlines()
+    problems = [line for line in said if re.search("missing|no mask", line)]
+    assert code == 2 and first in problems and len(problems) == 1 + int(more), said
 
 
 REMEDIES = [(name, remedy) for name, (_, _, *remedies) in CASES.items() for remedy in remedies]

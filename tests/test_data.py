@@ -341,6 +341,25 @@ def test_shapes_are_the_same_every_time_and_differ_from_each_other():
     assert len(counts) == len(shapes.classes) >= 5 and counts.min() > 40
 
 
+def test_photographs_of_voc_that_are_missing_are_counted(tmp_path):
+    root = voc(tmp_path)
+    for i in (2, 3, 7):
+        (root / f"VOCdevkit/VOC2012/JPEGImages/2007_{i:06d}.jpg").unlink()
+    found = open_data("voc", root)
+    assert problems(found, found.train, [])[0].startswith("listed images are missing (3): 2007_000002, 20")
+
+
+def test_a_folder_below_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    def refuse(root):  # as Path.exists does
+        raise PermissionError(13, "Permission denied", str(root / "ImageSets/Segmentation/train.txt"))
+
+    monkeypatch.setattr(data, "open_voc", refuse)
+    with pytest.raises(InputError) as error:
+        open_data("voc", voc(tmp_path))
+    assert str(error.value) == (f"{tmp_path}/ImageSets/Segmentation/train.txt: cannot be read (Permission "
+                                f"denied); allow it: chmod -R u+rwX {tmp_path}/ImageSets/Segmentation")
+
+
 @pytest.mark.parametrize("place", ["", "JPEGImages", "class_names.txt"])
 def test_what_may_not_be_read_is_said_with_the_command_that_allows_it(tmp_path, monkeypatch, place):
     root, scandir, read = custom(tmp_path / "my data"), os.scandir, Path.read_text
@@ -355,22 +374,24 @@ def test_what_may_not_be_read_is_said_with_the_command_that_allows_it(tmp_path, 
     with pytest.raises(InputError, match="Permission denied") as error:
         open_data("custom", root)
     command = str(error.value).partition("allow it: ")[2]
-    assert shlex.split(command) == ["chmod", "-R", "u+rwX", str(root / place)]
+    folder = root / place if place in ("", "JPEGImages") else root
+    assert shlex.split(command) == ["chmod", "-R", "u+rwX", str(folder)]
     subprocess.run(shlex.split(command), check=True)
 
 
 def test_photographs_that_may_not_be_read_are_a_problem(tmp_path, monkeypatch):
     data, opened = open_data("custom", custom(tmp_path)), open
+    files = [data.images[name] for name in data.val]
 
     def refuse(path, *rest, **options):
-        if Path(path) == data.images[data.val[0]]:
+        if Path(path) in files:
             raise PermissionError(13, "Permission denied", str(path))
         return opened(path, *rest, **options)
 
     monkeypatch.setattr("builtins.open", refuse)
-    monkeypatch.setattr(os, "access", lambda path, mode: path != data.images[data.val[0]])
+    monkeypatch.setattr(os, "access", lambda path, mode: path not in files)
     problem, = check_data(data, data.labelled, data.images.keys() - data.masks.keys()).problems
-    assert "Permission denied" in problem and "allow it: chmod" in problem
+    assert f"(Permission denied) (and 1 more); allow it: chmod -R u+rwX {files[0].parent}" in problem
 
 
 def test_the_report_of_a_good_and_a_bad_folder(tmp_path, capsys):

@@ -521,3 +521,24 @@ def test_a_table_of_long_names_lines_up():
                                   "a           100.00                  100.00",
                                   "b           100.00                  100.00",
                                   "mean IoU    100.00                  100.00"]
+
+
+@pytest.mark.parametrize("flags, said, remedy", [
+    ("--list {0}/both.txt", "no image or no mask .*take them off the list, or give", "--list {0}/one.txt"),
+    ("--list {0}/both.txt", "or give their --data-root", "--list {0}/both.txt --data-root {0}/other"),
+    ("--beside {0}/b.pth", "needs --pictures DIR", "--beside {0}/b.pth --pictures {0}/panels"),
+    ("--data-root {0}/three", "holds sky, road, sea; give its own data", "--data-root {0}/other"),
+    ("--data-root {0}/absent", "no such folder; give the folder of custom", "--data-root {0}/other")])
+def test_what_cannot_be_evaluated_is_with_the_flags_that_are_said(tmp_path, capsys, flags, said, remedy):
+    root = custom(tmp_path / "data")
+    custom(tmp_path / "other", masks=10)
+    custom(tmp_path / "three", classes="sky\nroad\nsea\n")
+    for name in ("a", "b"):
+        checkpoint(tmp_path / f"{name}.pth", ["sky", "road"], dataset="custom", data_root=str(root))
+    (tmp_path / "one.txt").write_text("im0\n")
+    (tmp_path / "both.txt").write_text("im0\nim9\n")
+    with pytest.raises(SystemExit):
+        evaluate.main([str(tmp_path / "a.pth"), *flags.format(tmp_path).split()])
+    assert re.search(said, capsys.readouterr().err)
+    evaluate.main([str(tmp_path / "a.pth"), *remedy.format(tmp_path).split()])
+    assert "mean IoU" in capsys.readouterr().out

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -336,6 +337,14 @@ def test_no_network(server, tmp_path, monkeypatch):
         refused(tmp_path / "data", f"{address}/voc.tar: cannot be fetched", "refused")
 
 
+def test_a_full_disk_is_said(server, tmp_path):
+    (tmp_path / "voc.tar.part").symlink_to("/dev/full")
+    code, _, err = report("--dataset", "voc", "--data-root", tmp_path, "--download")
+    assert code == 2 and "No space left on device; make room, or allow it, and run the same command" in err
+    (tmp_path / "voc.tar.part").unlink()
+    assert report("--dataset", "voc", "--data-root", tmp_path, "--download")[0] == 0
+
+
 def test_a_server_that_says_nothing(server, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "TIMEOUT", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -346,6 +355,56 @@ def test_a_server_that_says_nothing(server, tmp_path, monkeypatch):
         refused(tmp_path / "data", f"{address}/voc.tar: cannot be fetched", "timed out")
         hang_up.cancel()
     assert socket.getdefaulttimeout() is None
+
+
+@pytest.mark.parametrize("lost", ["ImageSets/Segmentation/val.txt", "SegmentationClass/both.png",
+                                  "SegmentationClassAug/sbd_1.png", "cls/sbd_1.mat", "dataset/train.txt"])
+def test_what_is_incomplete_is_moved_away_and_the_same_command_works(server, tmp_path, lost):
+    root = tmp_path / "data"
+    command = ["--dataset", "voc", "--data-root", root, "--download"]
+    assert report(*command)[0] == 0
+    if "Aug" not in lost:
+        shutil.rmtree(root / "VOCdevkit/VOC2012/SegmentationClassAug")
+    next(root.rglob(lost)).unlink()
+    code, _, err = report(*command)
+    assert code == 2 and re.search("move (it|that folder) away, and run the same command again$", err.strip())
+    Path(re.search("prepare.py: (.*?): ", err)[1]).rename(tmp_path / "away")
+    code, _, err = report(*command)
+    assert code == 0, err
+    check_prepared(root)
+
+
+@pytest.mark.parametrize("dataset", ["voc", "voc_classic"])
+@pytest.mark.parametrize("there", ["nothing", "an empty folder", "VOC alone"])
+def test_a_download_that_a_line_proposes_is_pasted(server, tmp_path, dataset, there):
+    root = tmp_path / "my data"
+    if there != "nothing":
+        root.mkdir()
+    if there == "VOC alone":
+        with tarfile.open(server.folder / "voc.tar") as tar:
+            tar.extractall(root)
+    with pytest.raises(data.InputError) as error:
+        data.open_data(dataset, root)
+    command = shlex.split(re.search("python .*$", str(error.value))[0])
+    assert command[:2] == ["python", "prepare.py"] and report(*command[2:])[0] == 0
+    check_prepared(root)
+
+
+def test_an_archive_is_copied_or_removed_as_the_line_says(server, tmp_path, monkeypatch):
+    served, whole = server.folder / "sbd.tgz", (server.folder / "sbd.tgz").read_bytes()
+    served.unlink()
+    refused(tmp_path / "a", f"copy the file from elsewhere to {tmp_path / 'a/sbd.tgz'}")
+    (tmp_path / "a/sbd.tgz").write_bytes(whole)
+    prepare.download_voc(tmp_path / "a")
+    check_prepared(tmp_path / "a")
+    served.write_bytes(whole[:-500])
+    publish(server.folder, server.address, monkeypatch)
+    refused(tmp_path / "b", tmp_path / "b/sbd.tgz", "or remove it if damaged, and run the same command again")
+    served.write_bytes(whole)
+    publish(server.folder, server.address, monkeypatch)
+    (tmp_path / "b/sbd.tgz").unlink()
+    prepare.download_voc(tmp_path / "b")
+    check_prepared(tmp_path / "b")
 
 
 def test_without_scipy_nothing_is_fetched(server, tmp_path, monkeypatch):
@@ -692,3 +751,31 @@ def test_a_class_that_no_mask_holds_is_said_as_training_starts(tmp_path, capsys)
     root = custom(tmp_path, classes="sky\nroad\nunicorn\n")
     train.main(["--dataset", "custom", "--data-root", str(root), *TINY, "--out", str(tmp_path / "run")])
     assert "no labelled mask holds unicorn, which will not be learnt\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mask, name, said", [
+    (lambda labels: np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8), "p{:02d}.png",
+     "p00.png: more than 256 colours, .*; export the masks again without that, and run the same command"),
+    (grey(0, 255), "p{:02d}.jpg", "no masks in .*PNG")], ids=["noise", "JPEG"])
+def test_masks_of_which_no_label_map_can_be_made_are_exported_again(tmp_path, mask, name, said):
+    command = ["--dataset", "custom", "--data-root", tmp_path, "--colours"]
+    test_cases.folder(mask, name=name)(tmp_path)
+    code, _, err = report(*command)
+    assert code == 2 and re.search(said.replace("PNG", "PNGs"), err), err
+    test_cases.export_again(tmp_path, err)
+    code, out, err = report(*command)
+    assert code == 0 and "nothing wrong; next: " in out, err
+
+
+def test_cityscapes_is_completed_as_the_lines_say(tmp_path):
+    whole, root = cityscapes(tmp_path / "whole"), tmp_path / "data"
+    (tmp_path / "list.txt").write_text("ulm_000000_000019\nulm_000001_000019\n")
+    flags = ["--dataset", "cityscapes", "--data-root", root]
+    for part, said in (("leftImg8bit/train", "no folder gtFine/ in it; unpack gtFine_trainvaltest.zip there"),
+                       ("gtFine/train", "with leftImg8bit/val/ and gtFine/val/"),
+                       ("leftImg8bit/val", "have no mask (2): bonn_000000_000019, bonn_000001_000019; add"),
+                       ("gtFine/val", "nothing wrong; next: ")):
+        shutil.copytree(whole / part, root / part)
+        assert said in "".join(report(*flags, "--split", tmp_path / "list.txt")[1:])
+    code, _, err = report(*flags)
+    assert code == 2 and err.endswith("but 4 are here; complete them, or give a list of ids\n")

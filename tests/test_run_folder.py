@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -1043,3 +1044,53 @@ def test_a_result_of_few_validation_images_is_called_noisy(tmp_path, small, val,
     flags = ["--dataset", "custom", "--data-root", root, "--iters", 1, "--out", tmp_path / "out"]
     _, out, _ = run(*TINY, *flags)
     assert ("It is noisy: the number of validation images is 2.\n" in out) == noisy
+
+
+def test_the_lists_of_a_run_are_kept_as_the_line_says(tmp_path, small):
+    root, out = custom(tmp_path / "data", images=24, masks=20, val=0), tmp_path / "my run"
+    flags = ["--dataset", "custom", "--data-root", root, *TINY, "--iters", 4, "--out", out]
+    run_until(1, *flags)
+    (root / "JPEGImages/im1.jpg").unlink()
+    (root / "SegmentationClass/im1.png").unlink()
+    code, _, err = run(*flags)
+    words, remedy = re.search("keep the lists(.*): (--split .*), and ", err).groups()
+    (root / "ImageSets/Segmentation").mkdir(parents=True)
+    shutil.copy(out / "val.txt", root / "ImageSets/Segmentation")
+    if "without" in words:
+        (out / "labelled.txt").write_text((out / "labelled.txt").read_text().replace("im1\n", ""))
+    code, said, err = run(*flags, *shlex.split(remedy))
+    assert code == 0 and "resumes at iteration 2 of 4" in said, err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, gone", [("my run", ()), ("run", ("last.pth",))], ids=["a space", "best.pth"])
+def test_the_flags_that_train_a_finished_run_on_are_pasted(tmp_path, monkeypatch, name, gone):
+    monkeypatch.setattr(data.Shapes, "VAL", 5)
+    out = tmp_path / name
+    assert run(*TINY, "--iters", 1, "--out", out)[0] == 0
+    for file in gone:
+        (out / file).unlink()
+    code, _, err = run(*TINY, "--iters", 2, "--out", out)
+    assert code == 2 and "it is finished" in err
+    code, _, err = run(*TINY, "--iters", 2, "--out", out, *shlex.split(err.strip().rpartition(", add ")[2]))
+    assert code == 0 and (tmp_path / f"{name}-2/result.txt").exists(), err
+
+
+@pytest.mark.parametrize("what", ["append", "truncate"])
+def test_a_log_is_made_writable_and_the_same_command_resumes(tmp_path, small, monkeypatch, what):
+    flags, opened = [*TINY, "--iters", 8, "--out", tmp_path / "out"], open
+    run_until(2, *flags)
+    with opened(tmp_path / "out/metrics.jsonl", "a") as log:
+        log.write("what the checkpoint does not know\n")
+
+    def refuse(path, mode="", *rest, **options):
+        if Path(path).name == "metrics.jsonl" and (what == "truncate" or "a" in mode):
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, mode, *rest, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*(("builtins.open", refuse) if what == "append" else (os, "truncate", refuse)))
+        code, _, err = run(*flags)
+    assert code == 1 and "metrics.jsonl: cannot be written (Permission denied); make it writable" in err
+    code, said, _ = run(*flags)
+    assert code == 0 and "resumes at iteration 3 of 8" in said

@@ -134,3 +134,15 @@ def test_a_batch_that_cannot_be_split_is_refused_with_flags_that_work(flags, tol
 def test_small_runs_say_nothing_of_memory():
     assert settings.check_memory(parse_arguments([])) == ""
     assert settings.check_memory(parse_arguments(["--dataset", "custom", "--small"])) == ""
+
+
+def test_a_step_of_a_checkpoints_sizes_fits_with_what_the_line_says(tmp_path, monkeypatch, small):  # noqa: F811
+    weights = tmp_path / "w.pth"
+    torch.save({"settings": {"backbone": "resnet50", "channels": 256, "crop_size": 2001}}, weights)
+    flags = ["--dataset", "custom", "--data-root", custom(tmp_path / "data"), "--weights", weights,
+             "--iters", 1, "--out", tmp_path / "out"]
+    monkeypatch.setattr(settings, "machine_memory", lambda: 20.0)
+    code, _, err = run(*flags)
+    assert code == 2 and "give --small, and leave out --backbone" in err
+    code, _, err = run(*flags, "--small")
+    assert code == 0, err
