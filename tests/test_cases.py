@@ -474,7 +474,7 @@ CASES = {
     "nothing to validate": (both(folder(), lists(val="p05"), lambda root: save(
         np.full((32, 48), 255, np.uint8), root / "masks/p05.png")), "the validation masks.* hold nothing",
         export_again),
-    "nothing to validate, by draw": (nothing_to_validate_by_draw, "the validation masks, .* hold nothing",
+    "nothing to validate, by draw": (nothing_to_validate_by_draw, "hold nothing, .*; annotate them, or move",
                                      without_mask),
     "a name for each id": (folder(grey(0, 3)), "if these are class ids, write a name for each id, from 0,",
                            texts("class_names.txt", "a\nb\nc\nd\n")),

@@ -615,7 +615,7 @@ CASES = {
     "scale": (None, "--scale 2 0.5", "--scale 2.0 0.5: two factors"),
     "rate": (None, "--lr 0", "--lr 0.0: above 0"),
     "infinite": (None, "--lambda-u inf", "--lambda-u inf: at least 0, and finite"),
-    "not a number": (None, "--scale 1 nan", "--scale nan: above 0, and finite"),
+    "an infinite range": (None, "--scale 1 inf", "--scale inf: above 0, and finite"),
     "no checkpoints": (None, "--checkpoint-every 0", "--checkpoint-every 0: at least 1"),
     "batch of one": (None, "--batch-size 1", "--batch-size 1: BatchNorm needs two"),
     "uneven accumulation": (None, "--accumulate 3", "give a multiple of 3, or another --acc"),
