@@ -305,7 +305,7 @@ def unread(data, owners):
     """Yields files that are not read, by folder and suffix, and what to do with them."""
     (photographs, masks), groups = data.folders, {}
     used = {*data.images.values(), *data.masks.values()}
-    photographed = {path.with_suffix("") for path in data.images.values()}  # as a camera's raw file beside
+    photographed = {path.with_suffix("") for path in data.images.values()}  # a raw file beside is no other
     # Where files may be moved: into a subfolder, if those that are read are in subfolders (see files_in).
     new_image, new_mask = (min(files.values()).parent if files else folder
                            for files, folder in ((data.images, photographs), (data.masks, masks)))

@@ -218,8 +218,8 @@ def take_from_checkpoint(args, given):
     except Exception:  # no checkpoint of train.py: the network says what else it can take
         return
     trained = {name: trained[name] for name in FROM_CHECKPOINT if name in trained}
-    asked = {*given, *(("image_size", "crop_size") if args.small else ())}
-    taken = {name: value for name, value in trained.items() if name not in asked}
+    sizes = ("image_size", "crop_size") if args.small else ()  # --small fits a machine, so its sizes stay
+    taken = {name: value for name, value in trained.items() if name not in (*given, *sizes)}
     differ = {name: value for name, value in trained.items() if given.get(name, value) != value}
     vars(args).update(taken)
     if taken:
