@@ -243,7 +243,8 @@ def labels_by_colour(path, label_map, classes):
     if not labels.all():
         lacking = np.unique((colours if pixels is None else colours[pixels])[labels == 0])
         raise InputError(f"{path}: holds colours that labelmap.txt lacks: "
-                         f"{short_list(map(written, lacking))}; add a line for each there")
+                         f"{short_list(map(written, lacking))}; add a line for each there, with the name of "
+                         f"its class, or ignore")
     return (labels - 1).astype(np.uint8)
 
 
