@@ -158,6 +158,13 @@ def test_a_failed_cell_is_named_and_the_others_go_on(tmp_path, tables):
     assert "| lambda_u 5 |  | 1 |" in table
 
 
+def test_a_checkpoint_that_is_not_there_is_named(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        evidence.main(["--named", str(tmp_path / "last.pth")])
+    assert end.value.code == 2
+    assert capsys.readouterr().err == f"evidence.py: {tmp_path}/last.pth: no such checkpoint\n"
+
+
 def test_the_tables_hold_means_spreads_and_each_seed(tmp_path, capsys):
     for seed, miou in ((3, 0.5), (4, 0.6)):  # two finished runs, whose folders hold what is read
         run = tmp_path / f"tau_0.5-{seed}"

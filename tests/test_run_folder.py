@@ -720,6 +720,10 @@ def test_a_hardness_log_without_a_header_as_runs_had_it_is_resumed(whole, small,
         with pytest.raises(SystemExit) as end:
             compare.main()  # the header is no difference
         assert end.value.code == code and capsys.readouterr().out.startswith(said)
+    (out / "last.pth").unlink()
+    with pytest.raises(SystemExit):
+        compare.main()
+    assert f"{out}: no last.pth in it; give the folder of a finished run" in capsys.readouterr().err
 
 
 def test_best_pth_in_place_of_last_pth_gets_a_line_of_its_own(whole, small, tmp_path):

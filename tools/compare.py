@@ -39,7 +39,11 @@ def contents(run):
 def main():
     parser = argparse.ArgumentParser(description="Compare two runs to the bit.")
     parser.add_argument("runs", type=Path, nargs=2, help="the folders of two finished runs")
-    one, other = map(contents, parser.parse_args().runs)
+    args = parser.parse_args()
+    for run in args.runs:
+        if not (run / "last.pth").exists():
+            parser.error(f"{run}: no last.pth in it; give the folder of a finished run")
+    one, other = map(contents, args.runs)
     differ = sorted(one.keys() ^ other.keys()) + [
         name for name in one.keys() & other.keys()
         if not (one[name].equal(other[name]) if torch.is_tensor(one[name]) else one[name] == other[name])]

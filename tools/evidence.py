@@ -37,9 +37,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from augment import weak_augment
 from batches import normalize, picture_to_tensor
-from data import IGNORE, InputError, open_data
+from data import IGNORE, open_data
 from evaluate import load_checkpoint, load_model
 from hardness import pseudo_label
+from ranks import command_line
 from settings import parse_arguments, step_memory
 
 STANDARD = "--loss standard --intensity standard --cutmix standard"
@@ -272,6 +273,7 @@ def table_row(row, results, columns):
     return f"| {row} | {PAPER.get(row, '')} | {len(results)} | {' | '.join(map(cell, columns))} |"
 
 
+@command_line
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Run and tabulate comparisons of settings.")
     parser.add_argument("--rows", nargs="+", choices=GROUPS, default=["table4"], help="groups of rows")
@@ -308,12 +310,8 @@ def main(argv=None):
     if args.memory is None:
         gpus = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
         args.memory = min((gpu.total_memory / 2 ** 30 for gpu in gpus), default=float("inf"))
-    try:
-        # Seed by seed, so that what is stopped early holds all rows.
-        calls = {(row, seed): command(row, rows[row], seed, args)
-                 for seed, row in itertools.product(seeds, rows)}
-    except InputError as error:
-        parser.error(str(error))
+    # Seed by seed, so that what is stopped early holds all rows.
+    calls = {(row, seed): command(row, rows[row], seed, args) for seed, row in itertools.product(seeds, rows)}
     if args.dry_run:
         print("\n".join(map(shlex.join, calls.values())))
         return
