@@ -201,7 +201,7 @@ def read_mask(path):
             if picture.mode in ("RGBA", "LA"):
                 hidden = np.array(picture.getchannel("A")) == 0
                 if hidden.any() and np.intersect1d(colours[hidden], colours[~hidden]).size:
-                    raise InputError(f"{path}: has transparent pixels, with a colour of others beneath; "
+                    raise InputError(f"{path}: its transparent pixels have the colour of visible ones; "
                                      f"export it again, without transparency, with a colour for each class")
             return None, colours
 
@@ -412,7 +412,7 @@ def open_data(dataset, root=None):
     if not os.path.isdir(root):  # Path.is_dir raises where a folder above cannot be read
         child = {"custom": "", "cityscapes": "leftImg8bit"}.get(dataset, "JPEGImages")
         raise InputError(f"--data-root {root}: no such folder; give the folder of {dataset}"
-                         + whence(root, child))
+                         + where_to_get(root, child))
     try:
         opened = {"cityscapes": open_cityscapes, "custom": open_custom}.get(dataset, open_voc)(root)
     except OSError as error:
@@ -424,8 +424,8 @@ def open_data(dataset, root=None):
     return opened
 
 
-def whence(root, child):
-    """Where the data set comes from that has this folder, for a message."""
+def where_to_get(root, child):
+    """Where the data set that has the folder `child` can be had, for a message."""
     return {"JPEGImages": f", or download it: {command('prepare.py', 'voc', root, '--download')}",
             "leftImg8bit": ", with leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip from "
                            "cityscapes-dataset.com unpacked in it"}.get(child, "")
@@ -437,7 +437,7 @@ def find_folder(root, child):
         if os.path.isdir(root / parent / child):
             return root / parent
     raise InputError(f"--data-root {root}: no folder {child}/ in it; give the folder that holds it"
-                     + whence(root, child))
+                     + where_to_get(root, child))
 
 
 def open_voc(root):

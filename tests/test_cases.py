@@ -450,11 +450,11 @@ CASES = {
     "a mask of negative numbers": (both(folder(), lambda root: save(
         np.eye(32, 48, dtype=np.int32) - 2, root / "masks/p00.png", format="TIFF")),
         "p00.png: cannot be read .not a whole number from 0 to 65535 .*; replace or remove it", export_again),
-    "transparency": (folder(transparent), "p00.png: has transparent pixels, with a colour of others bene",
+    "transparency": (folder(transparent), "p00.png: its transparent pixels have the colour of visible",
                      export_again),
     "erased": (folder(lambda labels: Image.fromarray(np.dstack([
         labels * 200, 0 * labels, 0 * labels, 255 * (np.arange(48) > 5) + 0 * labels]).astype(np.uint8))),
-        "p00.png: has transparent pixels.*; export it again, without transparency, with a colour for each",
+        "p00.png: its transparent pixels .*; export it again, without transparency, with a colour for each",
         export_again),
     "JPEG in a TIFF": (both(folder(masked=5), lambda root: save(
         scene(5)[1], root / "masks/p05.tif", compression="jpeg")),
