@@ -149,7 +149,9 @@ def check_classes(data, part, names, needed, found):
     absent = [label for label in data.classes if label not in held]
     if names and len(held) < needed:
         what = f"{held[0]} alone" if held else "nothing"
-        remedy = "add masks of other classes" if held else "annotate them, or move such masks elsewhere"
+        remedy = "add masks of other classes"
+        if not held:
+            remedy = f"annotate their images, or move such masks out of {data.root}"
         if pixels[IGNORE]:
             what += f", beside {IGNORE}, which is ignored"
         if pixels[IGNORE] and held:
@@ -305,7 +307,8 @@ def unread(data, owners):
     """Yields files that are not read, by folder and suffix, and what to do with them."""
     (photographs, masks), groups = data.folders, {}
     used = {*data.images.values(), *data.masks.values()}
-    photographed = {path.with_suffix("") for path in data.images.values()}  # a raw file beside is no other
+    # A file of a photograph's name beside it, such as a camera's raw one, is passed over.
+    photographed = {path.with_suffix("") for path in data.images.values()}
     # Where files may be moved: into a subfolder, if those that are read are in subfolders (see files_in).
     new_image, new_mask = (min(files.values()).parent if files else folder
                            for files, folder in ((data.images, photographs), (data.masks, masks)))
@@ -322,7 +325,7 @@ def unread(data, owners):
         named = any(map(MASK_FOLDER.fullmatch, parts))
         lists = [path for path in paths if data.notes and re.match("(train)?val.*[.]txt$", path.name, re.I)]
         if lists:
-            yield lists, (f"not read; if it lists the validation images, call it "
+            yield lists, (f"not read; if it lists the validation images, move it to "
                           f"{data.root / 'ImageSets/Segmentation/val.txt'}")
         copies = not among_images and (among_masks or named or looks_like_mask(paths[0]))
         fresh = [path for path in paths if not copies or data.masks.keys().isdisjoint(

@@ -123,7 +123,7 @@ class Run:
         more = {name: {*ids} - {*before[name]} for name, ids in self.lists.items()}
         changed += [f"more {name} images ({len(added)})" for name, added in more.items() if added]
         if any(more.values()) and self.args.dataset == "custom":
-            remedy += (f"; where images were removed, keep the lists, without these: --split "
+            remedy += (f"; where images were removed, keep the lists, and take those off them: --split "
                        f"{shlex.quote(f'{self.folder}/labelled.txt')}, and {self.folder}/val.txt in "
                        f"ImageSets/Segmentation/")
         for name, ids in self.lists.items():

@@ -344,7 +344,7 @@ def nothing_to_validate_by_draw(root):
 
 
 def without_mask(root, said):
-    shutil.move(re.search("the validation masks, (.*) for one", said)[1], root / "elsewhere.png")
+    shutil.move(re.search("the validation masks, (.*) for one", said)[1], root.parent / "elsewhere.png")
 
 
 # name: (how the folder is made, what is said of it (None: nothing), the remedy followed, another remedy)
@@ -474,7 +474,7 @@ CASES = {
     "nothing to validate": (both(folder(), lists(val="p05"), lambda root: save(
         np.full((32, 48), 255, np.uint8), root / "masks/p05.png")), "the validation masks.* hold nothing",
         export_again),
-    "nothing to validate, by draw": (nothing_to_validate_by_draw, "hold nothing, .*; annotate them, or move",
+    "nothing to validate, by draw": (nothing_to_validate_by_draw, "hold nothing, .*; annotate their images,",
                                      without_mask),
     "a name for each id": (folder(grey(0, 3)), "if these are class ids, write a name for each id, from 0,",
                            texts("class_names.txt", "a\nb\nc\nd\n")),
@@ -808,7 +808,7 @@ NOTES = {
         move("images/*overlay*", "elsewhere")),
     "a list that is not read": (
         both(folder(), lists(val="p04 p05"), lambda root: shutil.move(root / LISTS / "val.txt", root)),
-        "val.txt: not read; if it lists the validation images, call it .*/ImageSets/Segmentation/val.txt$",
+        "val.txt: not read; if it lists the validation images, move it to .*/ImageSets/Segmentation/val.txt$",
         lambda root, said: shutil.move(root / "val.txt", root / LISTS)),
     "test2 that is no test": (
         both(folder(images="images/a"), folder(images="images/test2", image="q{}.jpg", masked=0)),
